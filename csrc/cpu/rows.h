@@ -1,0 +1,148 @@
+// Rows of any supported dtype, read and written as float32.
+//
+// Every CPU kernel works on float32 rows that sit in L1: a row is widened on the way in (nothing to
+// do for float32) and rounded once on the way out. One pass more over L1 buys a kernel that serves
+// every mix of dtypes without a template for each, and costs a few per cent of the memory time.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+// Compiled once per instruction set; the loader picks the best that the machine has.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FK_CLONES
+#endif
+// Helpers must be inlined into a cloned function, or they would run with the default instructions.
+#define FK_INLINE static inline __attribute__((always_inline))
+
+namespace flowkernels {
+
+enum class DType : int32_t { float32, bfloat16, float16 };
+
+FK_INLINE int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// A [batch, rows, columns] operand with a unit last stride; a broadcast dimension has stride 0.
+struct View {
+  char* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t batch_stride = 0;
+  int64_t row_stride = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  char* row(int64_t batch, int64_t row_index) const {
+    return data + (batch * batch_stride + row_index * row_stride) * element_size(dtype);
+  }
+};
+
+FK_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+FK_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+FK_INLINE float bfloat16_to_float(uint16_t half) { return bits_to_float(uint32_t{half} << 16); }
+
+// Round to nearest, ties to even; NaN stays a (quiet) NaN.
+FK_INLINE uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// The half conversions are integer arithmetic, so that the vectoriser takes them on any machine.
+FK_INLINE float float16_to_float(uint16_t half) {
+  const uint32_t sign = uint32_t{half & 0x8000u} << 16;
+  const uint32_t magnitude = uint32_t{half & 0x7fffu};
+  const float normal = bits_to_float((magnitude << 13) + (112u << 23));
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+  const float special = bits_to_float((magnitude << 13) | 0x7f800000u);
+  const float value = magnitude >= 0x7c00u ? special : (magnitude < 0x0400u ? subnormal : normal);
+  return bits_to_float(float_to_bits(value) | sign);
+}
+
+FK_INLINE uint16_t float_to_float16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Adding 0.5 aligns the mantissa of a subnormal result at the bottom of the word.
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal =
+      (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t half =
+      magnitude >= 0x47800000u ? special : (magnitude < 0x38800000u ? subnormal : normal);
+  return static_cast<uint16_t>(half | sign);
+}
+
+// The row as float32: the row itself where it is float32 already, else `scratch`.
+FK_INLINE const float* load_row(const char* source, DType dtype, float* scratch, int64_t n) {
+  if (dtype == DType::float32) return reinterpret_cast<const float*>(source);
+  const uint16_t* half = reinterpret_cast<const uint16_t*>(source);
+  if (dtype == DType::bfloat16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) scratch[i] = bfloat16_to_float(half[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) scratch[i] = float16_to_float(half[i]);
+  }
+  return scratch;
+}
+
+// Where to build a result: in place for float32, else in `scratch`, for store_row to round.
+FK_INLINE float* target_row(char* target, DType dtype, float* scratch) {
+  return dtype == DType::float32 ? reinterpret_cast<float*>(target) : scratch;
+}
+
+FK_INLINE void store_row(const float* source, char* target, DType dtype, int64_t n) {
+  if (dtype == DType::float32) {
+    if (reinterpret_cast<const char*>(source) != target) std::memcpy(target, source, n * 4);
+    return;
+  }
+  uint16_t* half = reinterpret_cast<uint16_t*>(target);
+  if (dtype == DType::bfloat16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) half[i] = float_to_bfloat16(source[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) half[i] = float_to_float16(source[i]);
+  }
+}
+
+// A value after rounding to `dtype`, as the next reader of the stored tensor will see it.
+FK_INLINE void round_row(float* row, DType dtype, int64_t n) {
+  if (dtype == DType::bfloat16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) row[i] = bfloat16_to_float(float_to_bfloat16(row[i]));
+  } else if (dtype == DType::float16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) row[i] = float16_to_float(float_to_float16(row[i]));
+  }
+}
+
+// `count` float32 rows of `n`, 64-byte aligned, on the heap: a worker asks once per range.
+class Scratch {
+ public:
+  Scratch(int64_t count, int64_t n)
+      : stride_((n + 15) / 16 * 16), memory_(new float[count * stride_ + 16]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    base_ = reinterpret_cast<float*>((address + 63) / 64 * 64);
+  }
+  float* operator[](int64_t index) const { return base_ + index * stride_; }
+
+ private:
+  int64_t stride_;
+  std::unique_ptr<float[]> memory_;
+  float* base_;
+};
+
+}  // namespace flowkernels

@@ -1,0 +1,78 @@
+// What every binding needs: tensors to raw views, dtypes, allocation, and chunked parallel loops.
+// Bindings check and dispatch; arithmetic lives in csrc/cpu and csrc/cuda, which know no torch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/rows.h"
+
+namespace flowkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    default: STD_TORCH_CHECK(false, name, ": need float32, bfloat16 or float16"); return {};
+  }
+}
+
+inline ScalarType promote(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
+
+inline ScalarType promote(ScalarType a, const OptionalTensor& b) {
+  return b ? promote(a, b->scalar_type()) : a;
+}
+
+inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size), dtype);
+}
+
+inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
+  std::vector<int64_t> size(tensor.dim());
+  for (int64_t i = 0; i < tensor.dim(); ++i) size[i] = tensor.size(i);
+  return torch::stable::new_empty(tensor, torch::headeronly::IntHeaderOnlyArrayRef(size), dtype);
+}
+
+inline char* data(const Tensor& tensor) { return static_cast<char*>(tensor.data_ptr()); }
+
+// An operand of shape [D], [B, D], [B|1, S|1, D] as a View over [B, S, D]: size 1 broadcasts.
+inline View view_of(const Tensor& tensor, const char* name) {
+  const int64_t dim = tensor.dim();
+  STD_TORCH_CHECK(dim >= 1 && dim <= 3, name, ": need 1 to 3 dimensions");
+  STD_TORCH_CHECK(tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, name,
+                  ": need a unit stride in the last dimension");
+  View view;
+  view.data = data(tensor);
+  view.dtype = dtype_of(tensor, name);
+  if (dim >= 2 && tensor.size(0) != 1) view.batch_stride = tensor.stride(0);
+  if (dim == 3 && tensor.size(1) != 1) view.row_stride = tensor.stride(1);
+  return view;
+}
+
+inline View view_of(const OptionalTensor& tensor, const char* name) {
+  return tensor ? view_of(*tensor, name) : View{};
+}
+
+// The same cut whatever the number of threads: `grain` items of work make a task worth a thread.
+template <class F>
+void parallel(int64_t items, int64_t elements_per_item, const F& f) {
+  if (items == 0) return;
+  constexpr int64_t kElementsPerTask = 16384;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_item));
+  if (items <= grain) return f(int64_t{0}, items);  // the caller's own thread: no barrier
+  torch::stable::parallel_for(0, items, grain, f);
+}
+
+}  // namespace flowkernels

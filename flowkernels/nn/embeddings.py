@@ -1,0 +1,142 @@
+"""What turns images, times and conditions into tokens and vectors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TIME_SCALE = 1000.0
+"""Networks of the DiT line read time on a scale of 0 to 1000; everything else here uses 0 to 1."""
+
+
+def network_time(t: Tensor) -> Tensor:
+    """The time that a network's sinusoids see: `1000·t`, in float32.
+
+    This is the one place where the two scales meet.
+
+    Example:
+        >>> network_time(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([   0.,  500., 1000.])
+    """
+    return t.float() * TIME_SCALE
+
+
+def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding of time, `[cos(1000 t f_i), sin(1000 t f_i)]`.
+
+    The frequencies are `f_i = max_period^(-i / (dim/2))`, cosines first (the layout of DiT and
+    SD3). Angles reach 1000 radians, so they are formed in float32 whatever the model's dtype.
+
+    Args:
+        t: [B] times in [0, 1].
+        dim: width, even.
+        max_period: the longest period, in network time.
+
+    Returns:
+        [B, dim] float32.
+
+    Raises:
+        ValueError: `dim` is odd.
+
+    Example:
+        >>> timestep_embedding(torch.tensor([0.0]), 4)
+        tensor([[1., 1., 0., 0.]])
+    """
+    if dim % 2:
+        raise ValueError(f"dim is {dim}; it must be even")
+    half = dim // 2
+    index = torch.arange(half, device=t.device, dtype=torch.float32)
+    angles = network_time(t)[:, None] * torch.exp(index * (-math.log(max_period) / half))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def sincos_positions_2d(dim: int, rows: int, columns: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions, one vector per patch, row by row.
+
+    The first half encodes the column and the second the row; each is
+    `[sin(p ω_i), cos(p ω_i)]` with `ω_i = 10000^(-i / (dim/4))` (the layout of MAE, DiT, SD3).
+
+    Args:
+        dim: width, a multiple of 4.
+        rows: rows of patches.
+        columns: columns of patches.
+
+    Returns:
+        [rows·columns, dim] float32, computed in float64.
+
+    Raises:
+        ValueError: `dim` is not a multiple of 4.
+
+    Example:
+        >>> sincos_positions_2d(4, 1, 2)[0]
+        tensor([0., 1., 0., 1.])
+    """
+    if dim % 4:
+        raise ValueError(f"dim is {dim}; it must be a multiple of 4")
+    quarter = dim // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+
+    def encode(positions: Tensor) -> Tensor:
+        angles = positions.double().flatten()[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.cat([encode(column), encode(row)], dim=-1).float()
+
+
+def patchify(x: Tensor, patch_size: int) -> Tensor:
+    """[B, C, H, W] to [B, S, C·p·p]: one row per patch, channel first as in a convolution."""
+    B, C, H, W = x.shape
+    p = patch_size
+    x = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(B, (H // p) * (W // p), C * p * p)
+
+
+def unpatchify(tokens: Tensor, channels: int, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """[B, S, p·p·C] to [B, C, H, W]; channels last inside a patch, as SD3's last layer has it."""
+    B, p, (rows, columns) = tokens.shape[0], patch_size, grid
+    x = tokens.reshape(B, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(B, channels, rows * p, columns * p)
+
+
+class PatchEmbedding(nn.Module):
+    """`Linear(patchify(x)) + positions`: [B, C, H, W] to [B, S, D]."""
+
+    positions: Tensor
+
+    def __init__(self, patch_dim: int, patch_size: int, dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.projection = nn.Linear(patch_dim, dim)
+        self.register_buffer("positions", sincos_positions_2d(dim, *grid), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.projection(patchify(x, self.patch_size).to(self.projection.weight.dtype))
+        return tokens + self.positions.to(tokens.dtype)
+
+
+class VectorEmbedding(nn.Module):
+    """A two-layer SiLU network from a conditioning vector to the modulation vector."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_dim, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x.to(self.fc1.weight.dtype))))
+
+
+class ClassTokens(nn.Module):
+    """Learned context tokens, a few per class: [B] ids to [B, tokens, D]."""
+
+    def __init__(self, entries: int, tokens: int, dim: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.table = nn.Embedding(entries, tokens * dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.table(labels).unflatten(-1, (self.tokens, -1))

@@ -1,0 +1,290 @@
+"""Fixed-step samplers: from noise at t = 1 to data at t = 0 along a schedule."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkernels.ode.schedule import Schedule
+from flowkernels.ops.step import euler_step
+
+Velocity = Callable[..., Tensor]
+"""`f(x, t, **conditions)` with x [B, ...], t [B] float32, to a velocity of x's shape."""
+
+Pair = tuple[Tensor, Tensor | None]
+"""The velocity with conditions and, under guidance, the one without."""
+
+
+def velocity_pair(
+    velocity: Velocity,
+    x: Tensor,
+    t: Tensor,
+    conditions: Mapping[str, Tensor],
+    uncond: Mapping[str, Tensor] | None,
+) -> Pair:
+    """The conditional and unconditional velocities, from one call on 2B rows.
+
+    Args:
+        velocity: `f(x, t, **conditions)`.
+        x: [B, ...].
+        t: [B].
+        conditions: tensors [B, ...] by keyword.
+        uncond: the same keywords saying nothing, or None for a call without guidance.
+
+    Returns:
+        (v_cond, v_uncond), v_uncond None where `uncond` is.
+
+    Raises:
+        ValueError: `uncond` has other keywords or shapes than `conditions`.
+    """
+    if uncond is None:
+        return velocity(x, t, **conditions), None
+    both = velocity(torch.cat([x, x]), torch.cat([t, t]), **_joined(conditions, uncond))
+    v_cond, v_uncond = both.chunk(2)
+    return v_cond, v_uncond
+
+
+def _joined(conditions: Mapping[str, Tensor], uncond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if set(conditions) != set(uncond):
+        raise ValueError(
+            f"uncond has the keywords {sorted(uncond)}; it needs those of conditions, "
+            f"{sorted(conditions)}"
+        )
+    for name, value in conditions.items():
+        if value.shape != uncond[name].shape:
+            raise ValueError(
+                f"uncond[{name!r}] has shape {tuple(uncond[name].shape)}; conditions has "
+                f"{tuple(value.shape)}"
+            )
+    return {name: torch.cat([value, uncond[name]]) for name, value in conditions.items()}
+
+
+def guided(pair: Pair, guidance: float) -> Tensor:
+    """`v_uncond + guidance·(v_cond - v_uncond)`, or v_cond where there is no other."""
+    v_cond, v_uncond = pair
+    return v_cond if v_uncond is None else torch.lerp(v_uncond, v_cond, guidance)
+
+
+class _Field:
+    """The (guided) velocity of one sampling run, at one time for all rows."""
+
+    def __init__(self, evaluate: Callable[[Tensor, Tensor], Pair], guidance: float) -> None:
+        self.evaluate = evaluate
+        self.guidance = guidance
+
+    def pair(self, x: Tensor, t: float) -> Pair:
+        return self.evaluate(x, torch.full((len(x),), t, device=x.device, dtype=torch.float32))
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        return guided(self.pair(x, t), self.guidance)
+
+
+class _Euler:
+    """x + h·f(x, t), guidance inside the step's one pass over memory."""
+
+    def step(self, field: _Field, x: Tensor, t: float, h: float) -> Tensor:
+        v_cond, v_uncond = field.pair(x, t)
+        return euler_step(x, v_cond, h, v_uncond=v_uncond, guidance=field.guidance)
+
+
+class _Heun:
+    """x + h/2·(f(x, t) + f(x + h f, t + h))."""
+
+    def step(self, field: _Field, x: Tensor, t: float, h: float) -> Tensor:
+        first = field(x, t)
+        second = field(euler_step(x, first, h), t + h)
+        return euler_step(x, first + second, h / 2)
+
+
+class _Midpoint:
+    """x + h·f(x + h/2 f, t + h/2)."""
+
+    def step(self, field: _Field, x: Tensor, t: float, h: float) -> Tensor:
+        middle = euler_step(x, field(x, t), h / 2)
+        return euler_step(x, field(middle, t + h / 2), h)
+
+
+class _RK4:
+    """The classic fourth-order rule, x + h/6·(k₁ + 2k₂ + 2k₃ + k₄)."""
+
+    def step(self, field: _Field, x: Tensor, t: float, h: float) -> Tensor:
+        k1 = field(x, t)
+        k2 = field(euler_step(x, k1, h / 2), t + h / 2)
+        k3 = field(euler_step(x, k2, h / 2), t + h / 2)
+        k4 = field(euler_step(x, k3, h), t + h)
+        return euler_step(x, (k1 + k4).add_(k2 + k3, alpha=2), h / 6)
+
+
+class _AB2:
+    """Adams–Bashforth of two steps: one call per step, second order on any schedule.
+
+    With r = h/h_prev, x + h·((1 + r/2) f - r/2 f_prev). The first step is Euler's; its error is
+    of the size of the whole method's.
+    """
+
+    def __init__(self) -> None:
+        self.previous: tuple[Tensor, float] | None = None
+
+    def step(self, field: _Field, x: Tensor, t: float, h: float) -> Tensor:
+        now = field(x, t)
+        combined = now
+        if self.previous is not None:
+            before, h_before = self.previous
+            combined = torch.lerp(now, before, -0.5 * h / h_before)
+        self.previous = now, h
+        return euler_step(x, combined, h)
+
+
+_METHODS: dict[str, Callable[[], Any]] = {
+    "euler": _Euler,
+    "heun": _Heun,
+    "midpoint": _Midpoint,
+    "rk4": _RK4,
+    "ab2": _AB2,
+}
+
+
+@torch.no_grad()
+def sample(
+    velocity: Velocity,
+    noise: Tensor,
+    schedule: Schedule,
+    *,
+    method: str = "euler",
+    guidance: float | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
+    uncond: Mapping[str, Tensor] | None = None,
+    cuda_graph: bool = False,
+    callback: Callable[[int, float, Tensor], None] | None = None,
+    progress: bool = False,
+    return_trajectory: bool = False,
+) -> Tensor:
+    """Integrates `dx/dt = v(x, t)` from noise at t = 1 to data at t = 0.
+
+    Under guidance s the velocity is `v_uncond + s·(v_cond - v_uncond)`, both from one call on a
+    batch of 2B; with Euler's method that combination is part of the step. No gradient is
+    recorded.
+
+    Args:
+        velocity: `f(x, t, **conditions)`, x [B, ...], t [B] float32.
+        noise: [B, ...], the state at t = 1.
+        schedule: the times; see `uniform`, `shifted`, `Schedule`.
+        method: "euler" or "ab2" (one call per step), "heun" or "midpoint" (two), "rk4" (four).
+        guidance: scale s; None or 1 calls the velocity on B rows only.
+        conditions: keyword tensors for the velocity, each [B, ...].
+        uncond: the same keywords for the unconditional half; where left out, the result of
+            `velocity.null_conditions(conditions)` if the velocity has that method.
+        cuda_graph: capture the velocity call once and replay it at every step. It must do the
+            same work on the same shapes each time and never wait for the host. On a CPU it
+            warns and runs as usual.
+        callback: called as `callback(step, t, x)` after each step: its index from 0, the time
+            reached, the state there. It must not change the state.
+        progress: show a progress bar.
+        return_trajectory: return every state, not the last alone.
+
+    Returns:
+        [B, ...] at t = 0; with `return_trajectory` [n+1, B, ...], the states at
+        `schedule.times`.
+
+    Raises:
+        ValueError: an unknown method, guidance without unconditional inputs, conditions of
+            another batch size.
+
+    Example:
+        >>> from flowkernels.ode import uniform
+        >>> sample(lambda x, t: x, torch.ones(1, 1), uniform(2))  # (1 - 1/2)²
+        tensor([[0.2500]])
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method is {method!r}; it must be one of {', '.join(_METHODS)}")
+    conditions = dict(conditions or {})
+    for name, value in conditions.items():
+        if value.dim() == 0 or len(value) != len(noise):
+            raise ValueError(
+                f"conditions[{name!r}] has shape {tuple(value.shape)}; its first size must be "
+                f"the batch's, {len(noise)}"
+            )
+    if guidance is None or guidance == 1:
+        guidance, uncond = 1.0, None
+    else:
+        uncond = null_conditions(velocity, conditions) if uncond is None else uncond
+
+    def evaluate(x: Tensor, t: Tensor) -> Pair:
+        return velocity_pair(velocity, x, t, conditions, uncond)
+
+    field = _Field(_graphed(evaluate, noise) if cuda_graph else evaluate, guidance)
+    stepper = _METHODS[method]()
+    times = schedule.times.tolist()
+    x, states = noise, [noise]
+    for step in _progress(range(schedule.steps), progress):
+        x = stepper.step(field, x, times[step], times[step + 1] - times[step])
+        if return_trajectory:
+            states.append(x)
+        if callback is not None:
+            callback(step, times[step + 1], x)
+    return torch.stack(states) if return_trajectory else x
+
+
+def null_conditions(velocity: Velocity, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `velocity.null_conditions` makes of the conditions, for guidance.
+
+    Raises:
+        ValueError: the velocity has no such method, so the caller must say what it means.
+    """
+    make = getattr(velocity, "null_conditions", None)
+    if make is None:
+        raise ValueError(
+            "guidance needs uncond: this velocity has no null_conditions method to make it"
+        )
+    return dict(make(conditions))
+
+
+def _progress(steps: range, show: bool) -> Iterable[int]:
+    if not show:
+        return steps
+    from rich.progress import track
+
+    return track(steps, description="sampling")
+
+
+def _graphed(evaluate: Callable[[Tensor, Tensor], Pair], noise: Tensor) -> Any:
+    if noise.device.type != "cuda":
+        warnings.warn(
+            f"cuda_graph ignored: noise is on {noise.device.type}, and CUDA graphs need a CUDA "
+            "device; sampling runs without one",
+            stacklevel=4,
+        )
+        return evaluate
+    return _GraphedField(evaluate, noise)
+
+
+class _GraphedField:
+    """A captured velocity call: inputs are copied in, the graph replayed, outputs copied out.
+
+    Outputs are copied because Heun, RK4 and AB2 hold one velocity while the next is computed
+    into the same memory; beside a network's forward the copy is nothing.
+    """
+
+    def __init__(self, evaluate: Callable[[Tensor, Tensor], Pair], noise: Tensor) -> None:
+        self.x = noise.clone()
+        self.t = torch.ones(len(noise), device=noise.device, dtype=torch.float32)
+        # Lazily made state (cuBLAS handles, Triton kernels) must exist before the capture.
+        side = torch.cuda.Stream(noise.device)
+        side.wait_stream(torch.cuda.current_stream(noise.device))
+        with torch.cuda.stream(side):
+            evaluate(self.x, self.t)
+        torch.cuda.current_stream(noise.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.pair = evaluate(self.x, self.t)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Pair:
+        self.x.copy_(x)
+        self.t.copy_(t)
+        self.graph.replay()
+        v_cond, v_uncond = self.pair
+        return v_cond.clone(), None if v_uncond is None else v_uncond.clone()

@@ -1,0 +1,169 @@
+"""Schedules: the times at which a sampler stops."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Schedule:
+    """The times of n sampling steps, from 1 (noise) down to 0 (data).
+
+    Args:
+        times: n + 1 times, strictly falling from exactly 1 to exactly 0.
+        origin: how the schedule was made, for people and for files.
+
+    Attributes:
+        times: float64 [n+1], on the CPU.
+        origin: as given.
+
+    Raises:
+        ValueError: the times do not fall strictly from 1 to 0.
+
+    Example:
+        >>> Schedule([1.0, 0.25, 0.0], origin="by hand")
+        Schedule(2 steps: 1, 0.25, 0; by hand)
+        >>> Schedule.from_json(uniform(4).to_json()) == uniform(4)
+        True
+    """
+
+    times: Tensor
+    origin: str
+
+    def __init__(self, times: Sequence[float] | Tensor, origin: str = "given") -> None:
+        values = torch.as_tensor(times).detach().to("cpu", torch.float64, copy=True)
+        if values.dim() != 1 or len(values) < 2:
+            raise ValueError(
+                f"times has shape {tuple(values.shape)}; it needs [n+1] with n at least 1"
+            )
+        # Written so that a NaN fails too.
+        if not (values[0] == 1 and values[-1] == 0 and bool((values[1:] < values[:-1]).all())):
+            raise ValueError(
+                f"times is {values.tolist()}; it must fall strictly from exactly 1 to exactly 0"
+            )
+        self.times = values
+        self.origin = origin
+
+    @property
+    def steps(self) -> int:
+        """The number n of steps."""
+        return len(self.times) - 1
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __eq__(self, other: object) -> bool:
+        """The same times; the origin is a remark, not part of the value."""
+        return isinstance(other, Schedule) and torch.equal(self.times, other.times)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.times.tolist()))
+
+    def __repr__(self) -> str:
+        times = ", ".join(f"{value:.4g}" for value in self.times.tolist())
+        return f"Schedule({self.steps} steps: {times}; {self.origin})"
+
+    def to_json(self) -> str:
+        """A JSON object with `times` and `origin`; `from_json` restores every bit."""
+        return json.dumps({"times": self.times.tolist(), "origin": self.origin})
+
+    @staticmethod
+    def from_json(text: str) -> Schedule:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: not JSON, or not an object with `times` and `origin`.
+        """
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"text is not JSON: {error}") from None
+        if not isinstance(value, dict) or not isinstance(value.get("times"), list):
+            raise ValueError("text holds no schedule; it needs an object with a list `times`")
+        times = value["times"]
+        if not all(type(time) in (int, float) for time in times):
+            raise ValueError("times must be numbers")
+        return Schedule(
+            torch.tensor(times, dtype=torch.float64), origin=str(value.get("origin", "json"))
+        )
+
+    @staticmethod
+    def uniform(n: int) -> Schedule:
+        """See `flowkernels.ode.uniform`."""
+        return uniform(n)
+
+    @staticmethod
+    def shifted(n: int, shift: float) -> Schedule:
+        """See `flowkernels.ode.shifted`."""
+        return shifted(n, shift)
+
+    @staticmethod
+    def from_sigmas(sigmas: Sequence[float] | Tensor) -> Schedule:
+        """See `flowkernels.ode.from_sigmas`."""
+        return from_sigmas(sigmas)
+
+
+def uniform(n: int) -> Schedule:
+    """n equal steps: `t_i = 1 - i/n`.
+
+    Raises:
+        ValueError: `n` is not a positive int.
+
+    Example:
+        >>> uniform(4).times.tolist()
+        [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    return Schedule(_grid(n), origin=f"uniform({n})")
+
+
+def shifted(n: int, shift: float) -> Schedule:
+    """n steps, uniform before the time shift of SD3: `t = s·u / (1 + (s-1)·u)`.
+
+    Args:
+        n: steps.
+        shift: s; 1 is uniform, SD3 uses 3 (more steps near the noise).
+
+    Raises:
+        ValueError: `n` is not a positive int, or `shift` not a positive number.
+
+    Example:
+        >>> shifted(2, 3.0).times.tolist()
+        [1.0, 0.75, 0.0]
+
+    Source: arXiv 2403.03206.
+    """
+    if not (isinstance(shift, (int, float)) and 0 < shift < float("inf")):
+        raise ValueError(f"shift is {shift!r}; it must be a positive number")
+    u = _grid(n)
+    return Schedule(shift * u / (1 + (shift - 1) * u), origin=f"shifted({n}, {shift:g})")
+
+
+def from_sigmas(sigmas: Sequence[float] | Tensor) -> Schedule:
+    """The schedule of a list of noise levels, as diffusers' flow-matching schedulers hold it.
+
+    Taken as they are: a shift already applied is not applied again. A last 0 is added where it
+    is missing.
+
+    Args:
+        sigmas: falling from 1, [n] or [n+1].
+
+    Raises:
+        ValueError: they do not fall strictly from 1.
+
+    Example:
+        >>> from_sigmas([1.0, 0.5]).times.tolist()
+        [1.0, 0.5, 0.0]
+    """
+    values = torch.as_tensor(sigmas).detach().cpu().double()
+    if values.dim() == 1 and len(values) and values[-1] != 0:
+        values = torch.cat([values, values.new_zeros(1)])
+    return Schedule(values, origin="sigmas")
+
+
+def _grid(n: int) -> Tensor:
+    if type(n) is not int or n < 1:
+        raise ValueError(f"n is {n!r}; it must be an int of at least 1")
+    return torch.arange(n, -1, -1, dtype=torch.float64) / n

@@ -1,0 +1,38 @@
+"""Loads the native libraries, once, and remembers why one is off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+_DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
+
+
+def _build_report() -> dict[str, str]:
+    try:
+        report = json.loads((_DIRECTORY / "build.json").read_text())
+        return {str(key): str(value) for key, value in report.items()}
+    except (OSError, ValueError):
+        return {}
+
+
+def _load(name: str) -> str | None:
+    """Load ``libflowkernels_<name>.so``; None where it is loaded, else the reason it is not."""
+    path = _DIRECTORY / f"libflowkernels_{name}.so"
+    if not path.is_file():
+        reason = _build_report().get(name, "")
+        return reason if reason not in ("", "built") else "native library not built"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path.name} does not load: {str(error).splitlines()[0]}"
+    return None
+
+
+# The CUDA library takes its stream from a symbol that only a CUDA build of torch has.
+OFF: dict[str, str | None] = {
+    "cpu": _load("cpu"),
+    "cuda": _load("cuda") if torch.version.cuda else "torch was built without CUDA",
+}
