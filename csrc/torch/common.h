@@ -35,14 +35,37 @@ inline ScalarType promote(ScalarType a, const OptionalTensor& b) {
   return b ? promote(a, b->scalar_type()) : a;
 }
 
+// A contiguous tensor on the device of `like`. By the C shim: a boxed call of aten::new_empty costs
+// several times as much, and small operators are made of allocations.
+inline Tensor empty(const int64_t* size, int64_t dim, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> stride(dim);
+  int64_t step = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    stride[i] = step;
+    step *= std::max<int64_t>(size[i], 1);
+  }
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, stride.data(), type,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size), dtype);
+  return empty(size.begin(), static_cast<int64_t>(size.size()), dtype, like);
+}
+
+inline Tensor empty(const std::vector<int64_t>& size, ScalarType dtype, const Tensor& like) {
+  return empty(size.data(), static_cast<int64_t>(size.size()), dtype, like);
 }
 
 inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   std::vector<int64_t> size(tensor.dim());
   for (int64_t i = 0; i < tensor.dim(); ++i) size[i] = tensor.size(i);
-  return torch::stable::new_empty(tensor, torch::headeronly::IntHeaderOnlyArrayRef(size), dtype);
+  return empty(size, dtype, tensor);
 }
 
 inline char* data(const Tensor& tensor) { return static_cast<char*>(tensor.data_ptr()); }

@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+from flowkernels.ops._validate import kernels_read
 
 Tensor = torch.Tensor
 
 
 class FusedFunction(torch.autograd.Function):
-    """A forward and a backward operator; forward-mode and functorch get a clear error."""
+    """A forward and a backward operator, run through :func:`apply`.
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(_TRANSFORM_ERROR)
+    It defines no ``jvp``: torch.compile would not trace it. Forward mode is refused in ``apply``.
+    """
 
 
 _TRANSFORM_ERROR = (
@@ -24,10 +26,35 @@ _TRANSFORM_ERROR = (
 )
 
 
-def apply(function: type[FusedFunction], *args: Any) -> Any:
-    """``function.apply`` with a clear error where a torch.func transform is active."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+def _refuse_transforms(args: tuple[Any, ...]) -> None:
+    if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_TRANSFORM_ERROR)
+    if forward_ad._current_level >= 0 and any(
+        isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
+    ):
+        raise RuntimeError(_TRANSFORM_ERROR)
+
+
+class _NoGraph:
+    """Stands in for ``ctx`` where nothing records a graph: nothing is saved."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def apply(function: type[FusedFunction], *args: Any) -> Any:
+    """``function.apply``, with a clear error where a torch.func transform is active.
+
+    Where no gradient can be asked for, the forward pass is called outright: ``apply`` costs more
+    host time than the operator itself.
+    """
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(args)
+        if not torch.is_grad_enabled():
+            return function.forward(_NoGraph(), *args)
     return function.apply(*args)
 
 
@@ -71,10 +98,22 @@ def reference_gradients(
 
 def mask_of(needed: Sequence[bool]) -> int:
     """The bits of ``needed``, first one lowest: how backward operators are told what to write."""
-    return sum(1 << i for i, need in enumerate(needed) if need)
+    mask, bit = 0, 1
+    for need in needed:
+        if need:
+            mask |= bit
+        bit <<= 1
+    return mask
 
 
 def scatter(found: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
     """Gradients in the order asked for, back in the order of the inputs."""
+    if len(found) == len(needed):
+        return list(found)
     remaining = iter(found)
     return [next(remaining) if need else None for need in needed]
+
+
+def readable(grad: Tensor) -> Tensor:
+    """A gradient that the kernels can read in place (``sum()`` hands out one of stride 0)."""
+    return grad if kernels_read(grad) else grad.contiguous()

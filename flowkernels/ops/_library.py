@@ -4,8 +4,8 @@ An *operator* is one boundary of ``torch.library``: a schema, a fake (shapes and
 and an implementation for each device. The dispatcher's CPU key is served by the native C++ library,
 its CUDA key by a Triton launcher, or by CUDA C++ where the operator names no launcher.
 
-A *function* is what users call (``modulated_norm``). It validates, asks :func:`choose` for a backend
-and either runs its reference formula or an ``autograd.Function`` over its operators.
+A *function* is what users call (``modulated_norm``). It validates, asks :func:`choose` for a
+backend and runs either its reference formula or an ``autograd.Function`` over its operators.
 """
 
 from __future__ import annotations
@@ -107,13 +107,17 @@ def register_function(
         # function has either a Triton kernel or a CUDA C++ one, never both.
         order = ("native", "triton") if device == "cpu" else ("triton", "native")
         _DEFAULTS[device, name] = next(
-            (b for b in order if why_off(name, b, device) is None and (b, device) != ("triton", "cpu")),
+            (
+                b
+                for b in order
+                if why_off(name, b, device) is None and (b, device) != ("triton", "cpu")
+            ),
             "reference",
         )
 
 
 def why_off(name: str, backend: str, device: str) -> str | None:
-    """The reason ``backend`` cannot serve function ``name`` on ``device`` here; None where it can."""
+    """The reason ``backend`` cannot serve ``name`` on ``device`` here; None where it can."""
     function = FUNCTIONS[name]
     if backend == "reference":
         return None
@@ -163,8 +167,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose(name: str, device: torch.device, dtypes_served: bool, layout_served: bool = True) -> str:
-    """The backend for a call of function ``name``; ``"reference"`` where kernels do not serve it."""
+def choose(name: str, device: torch.device, served: bool) -> str:
+    """The backend for a call of ``name``: the reference where its kernels do not read the operands.
+
+    ``served`` says that they do (dtypes, strides, sizes).
+    """
     device_type = device.type
     if _forced is not None and _forced != "reference":
         reason = (
@@ -174,7 +181,7 @@ def choose(name: str, device: torch.device, dtypes_served: bool, layout_served: 
         )
         if reason is not None:
             raise RuntimeError(f"backend({_forced!r}) cannot serve {name}: {reason}")
-    if not dtypes_served or not layout_served or _forced == "reference":
+    if not served or _forced == "reference":
         return "reference"
     if _forced is not None:
         return _forced

@@ -8,7 +8,7 @@ import torch
 
 Tensor = torch.Tensor
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def check_tensor(value: Any, name: str, like: Tensor | None = None) -> None:
@@ -18,7 +18,9 @@ def check_tensor(value: Any, name: str, like: Tensor | None = None) -> None:
     if not value.is_floating_point():
         raise TypeError(f"{name}: got dtype {value.dtype}, need a floating-point dtype")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: is on {value.device}, need {like.device} like the first argument")
+        raise ValueError(
+            f"{name}: is on {value.device}, need {like.device} like the first argument"
+        )
 
 
 def check_shape(value: Tensor, name: str, shape: tuple[int, ...]) -> None:
@@ -27,17 +29,17 @@ def check_shape(value: Tensor, name: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, need {tuple(shape)}")
 
 
-def served_dtypes(*tensors: Tensor | None) -> bool:
-    """All operands have a dtype that the kernels read (float64 goes to the reference)."""
-    return all(tensor is None or tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
-
-
-def unit_last_stride(*tensors: Tensor | None) -> bool:
-    """All operands can be read in place: a unit stride in the last dimension."""
-    return all(
-        tensor is None or tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
-        for tensor in tensors
-    )
+def kernels_read(*tensors: Tensor | None) -> bool:
+    """Whether the kernels read all operands in place: a dtype that they know (float64 goes to the
+    reference) and a unit stride in the last dimension.
+    """
+    for tensor in tensors:
+        if tensor is not None:
+            if tensor.dtype not in _KERNEL_DTYPES:
+                return False
+            if tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+                return False
+    return True
 
 
 def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from flowkernels.ops._autograd import (
     FusedFunction,
     apply,
     mask_of,
+    readable,
     reference_gradients,
     scatter,
 )
@@ -18,8 +19,7 @@ from flowkernels.ops._validate import (
     check_choice,
     check_shape,
     check_tensor,
-    served_dtypes,
-    unit_last_stride,
+    kernels_read,
 )
 from flowkernels.ops.modulate import _operators as operators
 from flowkernels.ops.modulate import reference
@@ -78,8 +78,7 @@ def modulated_norm(
     backend = _library.choose(
         "modulated_norm",
         x.device,
-        served_dtypes(x, shift, scale, weight, bias),
-        unit_last_stride(x, shift, scale, weight, bias) and x.shape[-1] > 0,
+        kernels_read(x, shift, scale, weight, bias) and x.shape[-1] > 0,
     )
     if backend == "reference":
         return reference.modulated_norm(x, shift, scale, weight, bias, rms, eps)
@@ -113,8 +112,7 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     backend = _library.choose(
         "gated_residual",
         residual.device,
-        served_dtypes(residual, x, gate),
-        unit_last_stride(residual, x, gate) and x.shape[-1] > 0,
+        kernels_read(residual, x, gate) and x.shape[-1] > 0,
     )
     if backend == "reference":
         return reference.gated_residual(residual, x, gate)
@@ -169,8 +167,7 @@ def gated_residual_norm(
     backend = _library.choose(
         "gated_residual_norm",
         residual.device,
-        served_dtypes(residual, x, gate, shift, scale),
-        unit_last_stride(residual, x, gate, shift, scale) and x.shape[-1] > 0,
+        kernels_read(residual, x, gate, shift, scale) and x.shape[-1] > 0,
     )
     if backend == "reference":
         return reference.gated_residual_norm(residual, x, gate, shift, scale, rms, eps)
@@ -310,11 +307,6 @@ class GatedResidualNorm(FusedFunction):
         return (None, *found, None, None)
 
 
-def readable(grad: Tensor) -> Tensor:
-    """A gradient that the kernels can read in place (``sum()`` hands out one of stride 0)."""
-    return grad if unit_last_stride(grad) else grad.contiguous()
-
-
 def _check_input(x: Tensor, name: str, like: Tensor | None) -> None:
     check_tensor(x, name, like)
     if like is not None:
@@ -323,9 +315,7 @@ def _check_input(x: Tensor, name: str, like: Tensor | None) -> None:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, need [B, S, D]")
 
 
-def _check_modulation(
-    operand: Tensor | None, name: str, x: Tensor, required: bool = False
-) -> None:
+def _check_modulation(operand: Tensor | None, name: str, x: Tensor, required: bool = False) -> None:
     if operand is None and not required:
         return
     check_tensor(operand, name, x)

@@ -1,0 +1,68 @@
+# The front door. Every target creates .venv and installs what it needs.
+#   make demo    distil a one-step generator of handwritten digits, and show it
+#   make test    every test that this machine can run
+#   make bench   the operators against PyTorch eager and torch.compile
+#   make lint    ruff, mypy, clang-format, import directions
+#   make aot     every Triton kernel in every benchmarked shape, compiled ahead of time
+#   make gpu     on a machine with an NVIDIA GPU: build, test, benchmark (DRY=1: the same on CPU)
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE_SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py
+# A torch that is installed already is kept; else the pinned one, by name: a plain `torch` would
+# fetch gigabytes of CUDA packages on a machine that has no GPU.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test bench lint aot gpu clean
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(VENV)/.torch: constraints.txt
+	@echo "Creating $(VENV) and installing PyTorch"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $$(grep '^torch==' constraints.txt) 2> >(grep -v '^WARNING: Location' >&2 || true)
+	@touch $@
+
+$(INSTALLED): $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
+	@echo "Installing flowkernels and building its native library"
+	@$(PIP) pybind11 cmake ninja setuptools wheel 2> >(grep -v '^WARNING: Location' >&2 || true)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2 || true)
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/flowkernels train --recipe recipes/digits-teacher.yaml
+	@$(BIN)/flowkernels distill fgm --recipe recipes/digits-fgm.yaml
+	@$(BIN)/flowkernels evaluate --recipe recipes/digits-evaluate.yaml
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest -q
+	@$(MAKE) --no-print-directory gpu DRY=1
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m bench.run
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh
+
+aot: $(INSTALLED)
+	@$(BIN)/python -m tests.checks.aot
+
+# On a GPU machine nothing is installed: its own torch, Triton and Python are used.
+gpu:
+ifdef DRY
+	@$(BIN)/python -m bench.gpu --dry
+else
+	@$(PYTHON) -m bench.gpu
+endif
+
+clean:
+	rm -rf build dist flowkernels/_lib flowkernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,106 @@
+"""The losses in plain PyTorch: the specification of the kernels.
+
+    flow_matching: ℓ_b = mean (v - (noise - x0))²
+    fgm:           ℓ_b = ω_b·mean (2·d·e + lam·d²),  d = u - v,  e = v - w,  w = noise - x0
+                   u = u_uncond + guidance·(u - u_uncond) where u_uncond is given
+                   ω_b = t / (2·max(mean|u - w|, 1e-5)) under normalize="sid", a constant; else 1
+
+Means are over a sample's elements. reduction "none" gives weight_b·ℓ_b, "mean" their sum over B
+(never over the sum of the weights), "sum" the sum over samples and elements.
+Arithmetic and result are at least float32, and float64 where an operand is.
+"""
+
+from __future__ import annotations
+
+import torch
+
+Tensor = torch.Tensor
+
+SID_FLOOR = 1e-5
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that the operands and float32 promote to: that of arithmetic and result."""
+    result = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            result = torch.promote_types(result, tensor.dtype)
+    return result
+
+
+def flat(x: Tensor) -> Tensor:
+    """A tensor [B, ...] as [B, elements]; `flatten` knows the elements of an empty batch."""
+    return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+
+
+def reduce(sums: Tensor, weight: Tensor | None, like: Tensor, reduction: str) -> Tensor:
+    """Sums over the elements of each sample, [B], to the loss of samples shaped as ``like``."""
+    if weight is not None:
+        sums = sums * weight.to(sums.dtype)
+    if reduction == "sum":
+        return sums.sum()
+    losses = sums / math.prod(like.shape[1:])
+    return losses if reduction == "none" else losses.sum() / like.shape[0]
+
+
+def flow_matching(
+    v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None, reduction: str
+) -> Tensor:
+    dtype = compute_dtype(v, x0, noise, weight)
+    residual = v.to(dtype) - (noise.to(dtype) - x0.to(dtype))
+    return reduce(flat(residual.square()).sum(1), weight, v, reduction)
+
+
+def fgm(
+    u: Tensor,
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    weight: Tensor | None,
+    u_uncond: Tensor | None,
+    lam: float,
+    guidance: float,
+    sid: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and how many samples were left out of it because they were not finite."""
+    dtype = compute_dtype(u, v, x0, noise, u_uncond, weight)
+    operands = [
+        None if x is None else x.to(dtype) for x in (u, v, x0, noise, t, weight, u_uncond)
+    ]
+    with torch.no_grad():
+        sums, weight_of = _fgm_sums(*operands, lam, guidance, sid)
+        finite = torch.isfinite(reduce(sums, weight_of, u, "none")) & torch.isfinite(t)
+    # Selected before the formula, not after it: the gradient of a selection is zero times the
+    # gradient of the formula, which is NaN where that is not finite.
+    safe = [
+        None if x is None else torch.where(per_sample(finite, x), x, 0) for x in operands
+    ]
+    sums, weight_of = _fgm_sums(*safe, lam, guidance, sid)
+    return reduce(sums, weight_of, u, reduction), (~finite).sum(dtype=torch.int32)
+
+
+def _fgm_sums(
+    u: Tensor,
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    weight: Tensor | None,
+    u_uncond: Tensor | None,
+    lam: float,
+    guidance: float,
+    sid: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of 2·d·e + lam·d² over each sample, and ω, None for 1."""
+    if u_uncond is not None:
+        u = u_uncond + guidance * (u - u_uncond)
+    w = noise - x0
+    d, e = u - v, v - w
+    sums = flat(2 * d * e + lam * d.square()).sum(1)
+    if sid:
+        size = flat((u - w).detach().abs()).mean(1)
+        normaliser = t.detach() / (2 * size.clamp_min(SID_FLOOR))
+        weight = normaliser if weight is None else weight * normaliser
+    return sums, weight
