@@ -31,17 +31,21 @@ FK_INLINE const float* operand_row(const View& view, int64_t b, int64_t s, float
   return load_row(view.row(b, s), view.dtype, scratch, n);
 }
 
-FK_INLINE float sum(const float* row, int64_t n) {
-  float total = 0.f;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += row[i];
-  return total;
-}
-
-FK_INLINE float centred_square_sum(const float* row, float mean, int64_t n) {
-  float total = 0.f;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += (row[i] - mean) * (row[i] - mean);
+// sum of value(i): four quarters of the row at once, since one chain of additions would wait on its
+// own latency.
+template <class F>
+FK_INLINE float sum(int64_t n, const F& value) {
+  const int64_t quarter = n / 4;
+  float s0 = 0.f, s1 = 0.f, s2 = 0.f, s3 = 0.f;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t i = 0; i < quarter; ++i) {
+    s0 += value(i);
+    s1 += value(quarter + i);
+    s2 += value(2 * quarter + i);
+    s3 += value(3 * quarter + i);
+  }
+  float total = (s0 + s1) + (s2 + s3);
+  for (int64_t i = 4 * quarter; i < n; ++i) total += value(i);
   return total;
 }
 
@@ -86,7 +90,7 @@ FK_INLINE const float* gated_row(const NormForward& a, int64_t b, int64_t s, flo
 
 FK_CLONES void norm_forward(const NormForward& a, int64_t begin, int64_t end) {
   const int64_t n = a.extent.columns;
-  Scratch scratch(8, n);
+  Scratch scratch(7, n);
   float* multiplier = scratch[0];
   float* addend = scratch[1];
   Affine affine;
@@ -95,17 +99,19 @@ FK_CLONES void norm_forward(const NormForward& a, int64_t begin, int64_t end) {
     const float* h = a.branch ? gated_row(a, b, s, scratch[3], scratch[4], scratch[5], scratch[6])
                               : operand_row(a.input, b, s, scratch[3], n);
     if (!a.y) continue;
-    const float mean = a.rms ? 0.f : sum(h, n) / n;
-    const float rstd = 1.f / std::sqrt(centred_square_sum(h, mean, n) / n + a.eps);
+    const float mean =
+        a.rms ? 0.f : sum(n, [=](int64_t i) FK_INLINE_LAMBDA { return h[i]; }) / n;
+    const float variance = sum(n, [=](int64_t i) FK_INLINE_LAMBDA {
+                             return (h[i] - mean) * (h[i] - mean);
+                           }) / n;
+    const float rstd = 1.f / std::sqrt(variance + a.eps);
     if (a.mean) a.mean[index] = mean;
     a.rstd[index] = rstd;
     if (changed(affine, a.shift, a.scale, a.weight, a.bias, b, s))
       build_affine(a.shift, a.scale, a.weight, a.bias, b, s, multiplier, addend, scratch[2], n);
-    char* target = a.y.row(b, s);
-    float* y = target_row(target, a.y.dtype, scratch[7]);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) y[i] = (h[i] - mean) * rstd * multiplier[i] + addend[i];
-    store_row(y, target, a.y.dtype, n);
+    write_row(a.y.row(b, s), a.y.dtype, n, [=](int64_t i) FK_INLINE_LAMBDA {
+      return (h[i] - mean) * rstd * multiplier[i] + addend[i];
+    });
   }
 }
 
@@ -119,74 +125,10 @@ FK_CLONES void norm_forward(const NormForward& a, int64_t begin, int64_t end) {
 namespace {
 
 struct BackwardScratch {
-  float *g, *h, *total, *operand, *one_plus_scale, *weight, *bias, *branch, *gate, *output;
+  float *g, *h, *total, *operand, *multiplier, *one_plus_scale, *weight, *bias, *branch, *gate;
 };
 
-FK_INLINE void accumulate_modulation(const NormBackward& a, const BackwardScratch& t,
-                                     const float* g, const float* h, float mean, float rstd,
-                                     int64_t chunk) {
-  const int64_t n = a.extent.columns;
-  if (a.partial_shift) {
-    float* out = a.partial_shift + chunk * n;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] += g[i];
-  }
-  if (a.partial_scale) {
-    float* out = a.partial_scale + chunk * n;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i)
-      out[i] += g[i] * ((h[i] - mean) * rstd * t.weight[i] + t.bias[i]);
-  }
-  if (a.partial_weight) {
-    float* out = a.partial_weight + chunk * n;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i)
-      out[i] += g[i] * t.one_plus_scale[i] * ((h[i] - mean) * rstd);
-  }
-  if (a.partial_bias) {
-    float* out = a.partial_bias + chunk * n;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] += g[i] * t.one_plus_scale[i];
-  }
-}
-
-FK_INLINE void norm_input_gradient(const NormBackward& a, const BackwardScratch& t, const float* g,
-                                   const float* h, float mean, float rstd, float* total) {
-  const int64_t n = a.extent.columns;
-  float first = 0.f, second = 0.f;
-#pragma omp simd reduction(+ : first, second)
-  for (int64_t i = 0; i < n; ++i) {
-    const float scaled = g[i] * t.one_plus_scale[i] * t.weight[i];
-    first += scaled;
-    second += scaled * ((h[i] - mean) * rstd);
-  }
-  const float c1 = a.rms ? 0.f : first / n, c2 = second / n;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float scaled = g[i] * t.one_plus_scale[i] * t.weight[i];
-    total[i] += rstd * (scaled - c1 - (h[i] - mean) * rstd * c2);
-  }
-}
-
-FK_INLINE void gate_gradients(const NormBackward& a, const BackwardScratch& t, const float* total,
-                              int64_t b, int64_t s, int64_t chunk) {
-  const int64_t n = a.extent.columns;
-  if (a.partial_gate) {
-    const float* branch = operand_row(a.branch, b, s, t.branch, n);
-    float* out = a.partial_gate + chunk * n;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] += branch[i] * total[i];
-  }
-  if (a.grad_branch) {
-    const float* gate = operand_row(a.gate, b, s, t.gate, n);
-    char* target = a.grad_branch.row(b, s);
-    float* out = target_row(target, a.grad_branch.dtype, t.output);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = gate[i] * total[i];
-    store_row(out, target, a.grad_branch.dtype, n);
-  }
-}
-
+// The factors of a row, rebuilt only when an operand's row changes; absent ones are 1 or 0.
 FK_INLINE void load_factors(const NormBackward& a, const BackwardScratch& t, int64_t b, int64_t s) {
   const int64_t n = a.extent.columns;
   fill(t.one_plus_scale, 1.f, n);
@@ -199,6 +141,120 @@ FK_INLINE void load_factors(const NormBackward& a, const BackwardScratch& t, int
   }
   if (a.weight) std::memcpy(t.weight, operand_row(a.weight, b, s, t.operand, n), n * 4);
   if (a.bias) std::memcpy(t.bias, operand_row(a.bias, b, s, t.operand, n), n * 4);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) t.multiplier[i] = t.one_plus_scale[i] * t.weight[i];
+}
+
+// The sums of a row that its own gradient needs.
+struct RowSums {
+  float scaled, projected;  // sum of g m, sum of g m xhat
+};
+
+// One sweep over g and h: the row's sums, and its share of grad_shift and grad_scale. The common
+// case, both wanted and no norm weights, is one loop; whatever else is asked takes loops of its own.
+FK_INLINE RowSums sweep(const NormBackward& a, const BackwardScratch& t, const float* g,
+                        const float* h, float mean, float rstd, int64_t chunk) {
+  const int64_t n = a.extent.columns;
+  const float* multiplier = t.multiplier;
+  float* shift = a.partial_shift ? a.partial_shift + chunk * n : nullptr;
+  float* scale = a.partial_scale ? a.partial_scale + chunk * n : nullptr;
+  float first = 0.f, second = 0.f;
+  if (shift && scale && !a.weight && !a.bias) {
+#pragma omp simd reduction(+ : first, second)
+    for (int64_t i = 0; i < n; ++i) {
+      const float xhat = (h[i] - mean) * rstd, scaled = g[i] * multiplier[i];
+      shift[i] += g[i];
+      scale[i] += g[i] * xhat;
+      first += scaled;
+      second += scaled * xhat;
+    }
+    return {first, second};
+  }
+#pragma omp simd reduction(+ : first, second)
+  for (int64_t i = 0; i < n; ++i) {
+    const float scaled = g[i] * multiplier[i];
+    first += scaled;
+    second += scaled * ((h[i] - mean) * rstd);
+  }
+  if (shift) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) shift[i] += g[i];
+  }
+  if (scale) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+      scale[i] += g[i] * ((h[i] - mean) * rstd * t.weight[i] + t.bias[i]);
+  }
+  if (a.partial_weight) {
+    float* out = a.partial_weight + chunk * n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] += g[i] * t.one_plus_scale[i] * ((h[i] - mean) * rstd);
+  }
+  if (a.partial_bias) {
+    float* out = a.partial_bias + chunk * n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] += g[i] * t.one_plus_scale[i];
+  }
+  return {first, second};
+}
+
+// grad_branch and this row's share of grad_gate, from the gradient of h.
+FK_INLINE void gate_gradients(const NormBackward& a, const BackwardScratch& t, const float* total,
+                              int64_t b, int64_t s, int64_t chunk) {
+  const int64_t n = a.extent.columns;
+  if (a.partial_gate) {
+    const float* branch = operand_row(a.branch, b, s, t.branch, n);
+    float* out = a.partial_gate + chunk * n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] += branch[i] * total[i];
+  }
+  if (a.grad_branch) {
+    const float* gate = operand_row(a.gate, b, s, t.gate, n);
+    write_row(a.grad_branch.row(b, s), a.grad_branch.dtype, n,
+              [=](int64_t i) FK_INLINE_LAMBDA { return gate[i] * total[i]; });
+  }
+}
+
+FK_INLINE void backward_row(const NormBackward& a, const BackwardScratch& t, Affine& affine,
+                            int64_t b, int64_t s, int64_t chunk) {
+  const int64_t n = a.extent.columns, index = b * a.extent.rows + s;
+  const bool gated = a.grad_branch || a.partial_gate;
+  const float* grad_h = a.grad_h ? operand_row(a.grad_h, b, s, t.operand, n) : nullptr;
+  if (!a.grad_y) {
+    if (a.grad_input)
+      write_row(a.grad_input.row(b, s), a.grad_input.dtype, n,
+                [=](int64_t i) FK_INLINE_LAMBDA { return grad_h[i]; });
+    return gate_gradients(a, t, grad_h, b, s, chunk);
+  }
+  // load_factors uses the operand scratch that grad_h may lie in.
+  if (changed(affine, View{}, a.scale, a.weight, a.bias, b, s)) {
+    load_factors(a, t, b, s);
+    if (a.grad_h) grad_h = operand_row(a.grad_h, b, s, t.operand, n);
+  }
+  const float* g = operand_row(a.grad_y, b, s, t.g, n);
+  const float* h = operand_row(a.h, b, s, t.h, n);
+  const float* multiplier = t.multiplier;
+  const float mean = a.rms ? 0.f : a.mean[index], rstd = a.rstd[index];
+  const RowSums sums = sweep(a, t, g, h, mean, rstd, chunk);
+  if (!a.grad_input && !gated) return;
+  const float c1 = a.rms ? 0.f : sums.scaled / n, c2 = sums.projected / n;
+  const auto norm_gradient = [=](int64_t i) FK_INLINE_LAMBDA {
+    return rstd * (g[i] * multiplier[i] - c1 - (h[i] - mean) * rstd * c2);
+  };
+  if (!gated && !grad_h)
+    return write_row(a.grad_input.row(b, s), a.grad_input.dtype, n, norm_gradient);
+  float* total = t.total;
+  if (grad_h) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) total[i] = grad_h[i] + norm_gradient(i);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) total[i] = norm_gradient(i);
+  }
+  gate_gradients(a, t, total, b, s, chunk);
+  if (a.grad_input)
+    write_row(a.grad_input.row(b, s), a.grad_input.dtype, n,
+              [=](int64_t i) FK_INLINE_LAMBDA { return total[i]; });
 }
 
 }  // namespace
@@ -217,28 +273,7 @@ FK_CLONES void norm_backward(const NormBackward& a, int64_t begin, int64_t end) 
     for (float* partial : {a.partial_gate, a.partial_shift, a.partial_scale, a.partial_weight,
                            a.partial_bias})
       if (partial) fill(partial + chunk * n, 0.f, n);
-    for (int64_t s = first_row; s < last_row; ++s) {
-      const int64_t index = b * a.extent.rows + s;
-      float* total = a.grad_input ? target_row(a.grad_input.row(b, s), a.grad_input.dtype, t.total)
-                                  : t.total;
-      if (a.grad_h) {
-        const float* row = operand_row(a.grad_h, b, s, t.operand, n);
-        std::memcpy(total, row, n * 4);
-      } else {
-        fill(total, 0.f, n);
-      }
-      if (a.grad_y) {
-        if (changed(affine, View{}, a.scale, a.weight, a.bias, b, s)) load_factors(a, t, b, s);
-        const float* g = operand_row(a.grad_y, b, s, t.g, n);
-        const float* h = operand_row(a.h, b, s, t.h, n);
-        const float mean = a.rms ? 0.f : a.mean[index], rstd = a.rstd[index];
-        accumulate_modulation(a, t, g, h, mean, rstd, chunk);
-        if (a.grad_input || a.grad_branch || a.partial_gate)
-          norm_input_gradient(a, t, g, h, mean, rstd, total);
-      }
-      gate_gradients(a, t, total, b, s, chunk);
-      if (a.grad_input) store_row(total, a.grad_input.row(b, s), a.grad_input.dtype, n);
-    }
+    for (int64_t s = first_row; s < last_row; ++s) backward_row(a, t, affine, b, s, chunk);
   }
 }
 

@@ -18,6 +18,7 @@
 #endif
 // Helpers must be inlined into a cloned function, or they would run with the default instructions.
 #define FK_INLINE static inline __attribute__((always_inline))
+#define FK_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace flowkernels {
 
@@ -115,6 +116,24 @@ FK_INLINE void store_row(const float* source, char* target, DType dtype, int64_t
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) half[i] = float_to_float16(source[i]);
+  }
+}
+
+// target[i] = value(i) for every i, rounded to `dtype`: no scratch row in between.
+template <class F>
+FK_INLINE void write_row(char* target, DType dtype, int64_t n, const F& value) {
+  if (dtype == DType::float32) {
+    float* out = reinterpret_cast<float*>(target);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = value(i);
+  } else if (dtype == DType::bfloat16) {
+    uint16_t* out = reinterpret_cast<uint16_t*>(target);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = float_to_bfloat16(value(i));
+  } else {
+    uint16_t* out = reinterpret_cast<uint16_t*>(target);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = float_to_float16(value(i));
   }
 }
 

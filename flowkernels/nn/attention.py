@@ -30,9 +30,7 @@ def joint_attention(first: Heads, second: Heads) -> tuple[Tensor, Tensor]:
         [(2, 5, 4), (2, 2, 4)]
     """
     lengths = [first[0].shape[1], second[0].shape[1]]
-    q, k, v = (
-        torch.cat([a, b], dim=1).transpose(1, 2) for a, b in zip(first, second, strict=True)
-    )
+    q, k, v = (torch.cat([a, b], dim=1).transpose(1, 2) for a, b in zip(first, second, strict=True))
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    out_first, out_second = out.split(lengths, dim=1)
+    out_first, out_second = torch.split(out, lengths, dim=1)
     return out_first, out_second

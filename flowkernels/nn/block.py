@@ -33,22 +33,25 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.linear(x, self.fc1.weight)
         # Under autocast `hidden` is narrower than the bias: the activation stays narrow.
-        return self.fc2(gelu_tanh(hidden, self.fc1.bias.to(hidden.dtype)))
+        out: Tensor = self.fc2(gelu_tanh(hidden, self.fc1.bias.to(hidden.dtype)))
+        return out
 
 
 class QKNorm(nn.Module):
     """RMS norm of queries and of keys over each head's channels."""
 
-    def __init__(self, head_dim: int, eps: float) -> None:
+    def __init__(self, head_dim: int, eps: float, *, keys_only: bool = False) -> None:
         super().__init__()
         self.eps = eps
-        self.q_weight = nn.Parameter(torch.ones(head_dim))
+        self.q_weight = None if keys_only else nn.Parameter(torch.ones(head_dim))
         self.k_weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self._norm(q, self.q_weight), self._norm(k, self.k_weight)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return x
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
 
 
@@ -67,7 +70,9 @@ class Stream(nn.Module):
         self.eps = config.eps
         self.keys_only = keys_only
         self.qkv = nn.Linear(config.dim, (2 if keys_only else 3) * config.dim)
-        self.qk_norm = QKNorm(config.head_dim, config.eps) if config.qk_norm else None
+        self.qk_norm = (
+            QKNorm(config.head_dim, config.eps, keys_only=keys_only) if config.qk_norm else None
+        )
         if not keys_only:
             self.out = nn.Linear(config.dim, config.dim)
             self.mlp = FeedForward(config.dim, config.hidden_dim)

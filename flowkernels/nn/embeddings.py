@@ -114,7 +114,9 @@ class PatchEmbedding(nn.Module):
         self.register_buffer("positions", sincos_positions_2d(dim, *grid), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.projection(patchify(x, self.patch_size).to(self.projection.weight.dtype))
+        tokens: Tensor = self.projection(
+            patchify(x, self.patch_size).to(self.projection.weight.dtype)
+        )
         return tokens + self.positions.to(tokens.dtype)
 
 
@@ -127,7 +129,8 @@ class VectorEmbedding(nn.Module):
         self.fc2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x.to(self.fc1.weight.dtype))))
+        out: Tensor = self.fc2(F.silu(self.fc1(x.to(self.fc1.weight.dtype))))
+        return out
 
 
 class ClassTokens(nn.Module):
@@ -139,4 +142,5 @@ class ClassTokens(nn.Module):
         self.table = nn.Embedding(entries, tokens * dim)
 
     def forward(self, labels: Tensor) -> Tensor:
-        return self.table(labels).unflatten(-1, (self.tokens, -1))
+        tokens: Tensor = self.table(labels)
+        return tokens.view(*tokens.shape[:-1], self.tokens, -1)

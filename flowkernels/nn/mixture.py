@@ -135,9 +135,7 @@ class GaussianMixture(nn.Module):
         quadratic = (y_BKD.square() / variance_BKD + variance_BKD.log()).sum(-1)
         return self.log_weights - 0.5 * (quadratic + y_BKD.shape[-1] * math.log(2 * math.pi))
 
-    def _average(
-        self, x: Tensor, y_BKD: Tensor, variance_BKD: Tensor, value_BKD: Tensor
-    ) -> Tensor:
+    def _average(self, x: Tensor, y_BKD: Tensor, variance_BKD: Tensor, value_BKD: Tensor) -> Tensor:
         """The components' values weighted by responsibility, in x's shape and dtype."""
         share_BK = self._log_joint(y_BKD, variance_BKD).softmax(-1)
         return torch.einsum("bk,bkd->bd", share_BK, value_BKD).reshape(x.shape).to(x.dtype)
@@ -177,15 +175,11 @@ def energy_distance(x: Tensor, y: Tensor, *, chunk: int = 4096) -> Tensor:
         # The matrix-product form of cdist loses digits at small distances.
         mode = "donot_use_mm_for_euclid_dist"
         return torch.stack(
-            [torch.cdist(rows, b, compute_mode=mode).sum() for rows in a.split(chunk)]
+            [torch.cdist(rows, b, compute_mode=mode).sum() for rows in torch.split(a, chunk)]
         ).sum()
 
     N, M = len(x), len(y)
-    return (
-        2 * total(x, y) / (N * M)
-        - total(x, x) / (N * (N - 1))
-        - total(y, y) / (M * (M - 1))
-    )
+    return 2 * total(x, y) / (N * M) - total(x, x) / (N * (N - 1)) - total(y, y) / (M * (M - 1))
 
 
 def mean_log_density(x: Tensor, mixture: GaussianMixture) -> Tensor:

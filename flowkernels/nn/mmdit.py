@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -51,9 +52,7 @@ class MMDiT(nn.Module):
         super().__init__()
         self.config = config
         dim, last = config.dim, config.depth - 1
-        self.patch_embedding = PatchEmbedding(
-            config.patch_dim, config.patch_size, dim, config.grid
-        )
+        self.patch_embedding = PatchEmbedding(config.patch_dim, config.patch_size, dim, config.grid)
         self.time_embedding = VectorEmbedding(config.frequency_dim, dim)
         self.class_embedding = (
             nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
@@ -61,7 +60,7 @@ class MMDiT(nn.Module):
         self.pooled_embedding = (
             VectorEmbedding(config.pooled_dim, dim) if config.pooled_dim else None
         )
-        self.context_embedding: nn.Module = (
+        self.context_embedding: nn.Linear | ClassTokens = (
             nn.Linear(config.text_dim, dim)
             if config.text_dim
             else ClassTokens(config.num_classes + 1, config.class_tokens, dim)
@@ -92,8 +91,8 @@ class MMDiT(nn.Module):
                 nn.init.normal_(embedding.fc1.weight, std=0.02)
                 nn.init.normal_(embedding.fc2.weight, std=0.02)
         for linear in (*self.modulations, self.final_modulation, self.final):
-            nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(
         self,
@@ -131,6 +130,10 @@ class MMDiT(nn.Module):
             self.final(h), self.config.in_channels, self.config.patch_size, self.config.grid
         )
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block in backward instead of storing it: less memory, slower."""
+        self.config = dataclasses.replace(self.config, gradient_checkpointing=True)
+
     def null_conditions(self, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same conditions saying nothing: id "no class", zero text and zero pooled vector.
 
@@ -147,7 +150,7 @@ class MMDiT(nn.Module):
         }
 
     def _vector(self, t: Tensor, labels: Tensor, pooled: Tensor | None) -> Tensor:
-        vector = self.time_embedding(timestep_embedding(t, self.config.frequency_dim))
+        vector: Tensor = self.time_embedding(timestep_embedding(t, self.config.frequency_dim))
         if self.class_embedding is not None:
             vector = vector + self.class_embedding(labels).to(vector.dtype)
         if self.pooled_embedding is not None:
@@ -155,10 +158,13 @@ class MMDiT(nn.Module):
         return vector
 
     def _context(self, labels: Tensor, text: Tensor | None) -> Tensor:
-        if isinstance(self.context_embedding, ClassTokens):
-            return self.context_embedding(labels)
-        assert text is not None  # _check has seen to it
-        return self.context_embedding(text.to(self.context_embedding.weight.dtype))
+        embed = self.context_embedding
+        if isinstance(embed, ClassTokens):
+            tokens: Tensor = embed(labels)
+        else:
+            assert text is not None  # _check has seen to it
+            tokens = embed(text.to(embed.weight.dtype))
+        return tokens
 
     def _blocks(self, x: Tensor, c: Tensor, vector: Tensor) -> Tensor:
         """All blocks and the final norm: [B, S, D] image tokens, normed."""

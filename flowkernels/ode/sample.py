@@ -147,6 +147,9 @@ _METHODS: dict[str, Callable[[], Any]] = {
     "ab2": _AB2,
 }
 
+METHODS = tuple(_METHODS)
+"""Names of the samplers' methods."""
+
 
 @torch.no_grad()
 def sample(
@@ -191,8 +194,8 @@ def sample(
         `schedule.times`.
 
     Raises:
-        ValueError: an unknown method, guidance without unconditional inputs, conditions of
-            another batch size.
+        ValueError: an unknown method, guidance without conditions or without unconditional
+            inputs, conditions of another batch size.
 
     Example:
         >>> from flowkernels.ode import uniform
@@ -210,8 +213,10 @@ def sample(
             )
     if guidance is None or guidance == 1:
         guidance, uncond = 1.0, None
-    else:
-        uncond = null_conditions(velocity, conditions) if uncond is None else uncond
+    elif not conditions:
+        raise ValueError(f"guidance is {guidance}; it needs conditions to guide by")
+    elif uncond is None:
+        uncond = null_conditions(velocity, conditions)
 
     def evaluate(x: Tensor, t: Tensor) -> Pair:
         return velocity_pair(velocity, x, t, conditions, uncond)
@@ -273,14 +278,15 @@ class _GraphedField:
         self.x = noise.clone()
         self.t = torch.ones(len(noise), device=noise.device, dtype=torch.float32)
         # Lazily made state (cuBLAS handles, Triton kernels) must exist before the capture.
-        side = torch.cuda.Stream(noise.device)
-        side.wait_stream(torch.cuda.current_stream(noise.device))
-        with torch.cuda.stream(side):
-            evaluate(self.x, self.t)
-        torch.cuda.current_stream(noise.device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.pair = evaluate(self.x, self.t)
+        with torch.cuda.device(noise.device):
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                evaluate(self.x, self.t)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.pair = evaluate(self.x, self.t)
 
     def __call__(self, x: Tensor, t: Tensor) -> Pair:
         self.x.copy_(x)

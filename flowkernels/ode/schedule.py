@@ -138,7 +138,8 @@ def shifted(n: int, shift: float) -> Schedule:
     if not (isinstance(shift, (int, float)) and 0 < shift < float("inf")):
         raise ValueError(f"shift is {shift!r}; it must be a positive number")
     u = _grid(n)
-    return Schedule(shift * u / (1 + (shift - 1) * u), origin=f"shifted({n}, {shift:g})")
+    # 1 + (s-1)·u, arranged so that u = 1 gives exactly 1 for every s
+    return Schedule(shift * u / (shift * u + (1 - u)), origin=f"shifted({n}, {shift:g})")
 
 
 def from_sigmas(sigmas: Sequence[float] | Tensor) -> Schedule:

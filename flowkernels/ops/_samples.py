@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
+from flowkernels.ops._autograd import _refuse_transforms as refuse_transforms
+from flowkernels.ops._library import KERNEL_DTYPES
 from flowkernels.ops._validate import check_shape, check_tensor
 
 Tensor = torch.Tensor
@@ -37,33 +38,39 @@ def check_batch_vector(value: Any, name: str, like: Tensor) -> None:
         )
 
 
-def contiguous_samples(*tensors: Tensor | None) -> bool:
-    """Every sample of every tensor is contiguous: kernels then read it in place at any stride."""
-    return all(
-        tensor is None
-        or tensor.is_contiguous()
-        or (tensor.shape[0] > 0 and tensor[0].is_contiguous())
-        for tensor in tensors
-    )
+def kernels_read_samples(*tensors: Tensor | None) -> bool:
+    """Whether the kernels read all operands in place: a dtype that they know (float64 goes to the
+    reference) and contiguous samples, at any stride between samples.
+    """
+    for tensor in tensors:
+        if tensor is not None:
+            if tensor.dtype not in KERNEL_DTYPES:
+                return False
+            if not tensor.is_contiguous() and not (
+                tensor.shape[0] > 0 and tensor[0].is_contiguous()
+            ):
+                return False
+    return True
 
 
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor itself where kernels can read it in place (gradients of ``sum()`` cannot be)."""
-    return tensor if contiguous_samples(tensor) else tensor.contiguous()
+def readable_samples(grad: Tensor) -> Tensor:
+    """A gradient that the kernels can read in place (``sum()`` hands out one of stride 0)."""
+    return grad if kernels_read_samples(grad) else grad.contiguous()
 
 
 def tracked(*tensors: Tensor | None) -> bool:
-    """Autograd has to see this call: a gradient is asked for, or a transform is active.
+    """A gradient is asked for: the call has to go through its ``autograd.Function``.
 
-    Where it is False the operator is called without an ``autograd.Function`` around it, which
-    saves half of the host time of a call. Transforms have to reach the Function, whose errors
-    say that kernels do not serve them.
+    Where it is False the operator is called outright, at half the host time, after a look at
+    whether a transform that kernels do not serve is active.
     """
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    if not torch.compiler.is_compiling():
+        refuse_transforms(tensors)
+    return False
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class TrainConfig:
     compile: bool = False
     """torch.compile each block of the networks."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, in networks that offer it: less memory, slower."""
+    """Recompute activations in the backward pass where a network offers it: less memory, slower."""
     deterministic: bool = True
     """Ask torch for deterministic kernels: a resume on CUDA is bitwise only with them."""
     fresh: bool = False

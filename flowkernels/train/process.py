@@ -99,14 +99,15 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         return
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    module: Any = torch.utils.deterministic
+    fill = module.fill_uninitialized_memory
     # cuBLAS reads this when its first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Writing NaN into every new tensor would cost a pass over memory, and changes no result.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    module.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        module.fill_uninitialized_memory = fill

@@ -12,13 +12,13 @@ import torch
 def seed_everything(seed: int) -> None:
     """Seed torch (every device), numpy and python."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the generator that others draw from)
     torch.manual_seed(seed)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """State of the generators of python, numpy, torch's CPU and, on CUDA, of that device."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": {
@@ -40,15 +40,8 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     numpy_state = state["numpy"]
     keys = numpy_state["keys"].numpy().astype(np.uint32)
-    np.random.set_state(
-        (
-            numpy_state["name"],
-            keys,
-            numpy_state["position"],
-            numpy_state["has_gauss"],
-            numpy_state["gauss"],
-        )
-    )
+    rest = (numpy_state[name] for name in ("position", "has_gauss", "gauss"))
+    np.random.set_state((numpy_state["name"], keys, *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch_cpu"])
     if device.type == "cuda" and "torch_cuda" in state:
         torch.cuda.set_rng_state(state["torch_cuda"], device)

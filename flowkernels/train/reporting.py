@@ -101,9 +101,7 @@ class Reporter:
         rate = (step - before) / max(now - then, 1e-9)
         self._last = (now, step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        self._progress.update(
-            self._task, completed=step, rate=f"{rate:.1f} steps/s", losses=text
-        )
+        self._progress.update(self._task, completed=step, rate=f"{rate:.1f} steps/s", losses=text)
         if not self.console.is_terminal:
             self._line(step, rate, text, now)
         if self._writer is not None:

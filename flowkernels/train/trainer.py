@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from flowkernels.optim import AdamWEMA
 from flowkernels.train.checkpoint import (
     DamagedCheckpoint,
-    checkpoint_path,
     list_checkpoints,
     load_checkpoint,
     remove_leftovers,
@@ -203,7 +202,7 @@ class Trainer:
             with self._autocast():
                 losses = self.method.losses(batch, phase.name)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
-            (total / self.config.accumulate).backward()
+            torch.autograd.backward(total / self.config.accumulate)
             self.meter.add(losses)
         optimizer.step()
 
@@ -221,6 +220,8 @@ class Trainer:
     def _log(self, reporter: Reporter) -> None:
         losses = self.meter.means()
         others = {"nonfinite/skipped_updates": float(self._check_finite())}
+        if (samples := getattr(self.method, "nonfinite", None)) is not None:
+            others["nonfinite/left_out_samples"] = float(samples)
         for phase in self.phases:
             optimizer = self.optimizers[phase.name]
             others[f"learning_rate/{phase.name}"] = float(optimizer.param_groups[0]["lr"])
@@ -257,7 +258,6 @@ class Trainer:
         return {
             "method": self.method.state_dict(),
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
-            "skipped": {name: int(o.skipped) for name, o in self.optimizers.items()},
             "meter": self.meter.state_dict(),
             "loader": self.loader.state_dict(),
             "random": random_state(self.device),
@@ -270,8 +270,7 @@ class Trainer:
         try:
             self.method.load_state_dict(state["method"])
             for name, optimizer in self.optimizers.items():
-                self._load_optimizer(optimizer, state["optimizers"][name])
-                optimizer.skipped.fill_(state["skipped"][name])
+                _load_optimizer(optimizer, state["optimizers"][name])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UsageError(f"output: {path} is of another model or method: {reason}") from error
@@ -279,16 +278,6 @@ class Trainer:
         self.loader.load_state_dict(state["loader"])
         set_random_state(state["random"], self.device)
         self.step = self._saved_step = step
-
-    def _load_optimizer(self, optimizer: AdamWEMA, state: dict[str, Any]) -> None:
-        # Hyper-parameters come from the configuration of this run; only the rest is state.
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ]
-        optimizer.load_state_dict(state)
-        for group, setting in zip(optimizer.param_groups, settings, strict=True):
-            group.update(setting)
 
     def _differences(self, saved: dict[str, Any]) -> list[str]:
         """Warnings for settings that a resume should not change."""
@@ -311,7 +300,8 @@ class Trainer:
     def _ema_optimizer(self) -> AdamWEMA | None:
         """The optimiser that averages the deployed network's weights, if one does."""
         for phase in self.phases:
-            if self.method.deploy in phase.networks and self.config.optim_for(phase.name).ema_decays:
+            averages = bool(self.config.optim_for(phase.name).ema_decays)
+            if averages and self.method.deploy in phase.networks:
                 return self.optimizers[phase.name]
         return None
 
@@ -340,7 +330,7 @@ class Trainer:
         if self.config.data.labels:
             conditions["labels"] = torch.arange(count, device=self.device) % columns
         with self._deployed(), self._autocast():
-            images = self.method.generate(noise, self.config.grid_steps, **conditions)
+            images = self.method.generate(noise, self.config.grid_steps, None, **conditions)
         path = self.output / "samples" / f"step-{self.step:08d}.png"
         reporter.grid(self.step, save_grid(path, images, columns))
 
@@ -354,7 +344,7 @@ class Trainer:
         ]
         return AdamWEMA(
             parameters,
-            lr=torch.tensor(settings.lr, device=self.device),  # type: ignore[arg-type]
+            lr=torch.tensor(settings.lr, device=self.device),
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
@@ -369,11 +359,11 @@ class Trainer:
     def _prepare_networks(self) -> None:
         networks = list(self.method.children())
         if self.config.gradient_checkpointing:
-            able = [n for n in networks if hasattr(n, "enable_gradient_checkpointing")]
-            if not able:
+            offers = [getattr(n, "enable_gradient_checkpointing", None) for n in networks]
+            if not any(offers):
                 raise UsageError("gradient_checkpointing: no network of this method offers it")
-            for network in able:
-                network.enable_gradient_checkpointing()
+            for enable in filter(None, offers):
+                enable()
         if self.config.compile:
             for network in networks:
                 compile_blocks(network)
@@ -385,6 +375,18 @@ def compile_blocks(network: nn.Module) -> None:
     Blocks are alike, so one compilation serves them all; names in the state stay as they are.
     """
     lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-    blocks: list[nn.Module] = [block for blocks in lists for block in blocks]
+    # A list of plain layers (one linear per block, say) is not worth a compilation each.
+    blocks = [block for blocks in lists for block in blocks if any(True for _ in block.children())]
     for block in blocks or [network]:
         block.compile(dynamic=False)
+
+
+def _load_optimizer(optimizer: AdamWEMA, state: dict[str, Any]) -> None:
+    """Load the state; the hyper-parameters stay those of this run's configuration."""
+    settings = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)

@@ -12,12 +12,11 @@ from flowkernels.ops._samples import (
     check_batch_vector,
     check_like,
     check_samples,
-    contiguous_samples,
+    kernels_read_samples,
     per_sample,
-    readable,
+    readable_samples,
     tracked,
 )
-from flowkernels.ops._validate import served_dtypes
 from flowkernels.ops.interpolate import _operators as operators
 from flowkernels.ops.interpolate import reference
 
@@ -78,10 +77,10 @@ def interpolate(
             raise ValueError("seed: got one beside noise, need at most one of the two")
     elif seed is None:
         noise = torch.randn(x0.shape, dtype=x0.dtype, device=x0.device)
-    kernels_serve = not (t.requires_grad and torch.is_grad_enabled()) and contiguous_samples(
-        x0, noise
+    time_needs_grad = t.requires_grad and torch.is_grad_enabled()
+    backend = _library.choose(
+        "interpolate", x0.device, not time_needs_grad and kernels_read_samples(x0, noise)
     )
-    backend = _library.choose("interpolate", x0.device, served_dtypes(x0, noise), kernels_serve)
     if backend != "reference" and t.dtype == torch.float64:
         t = t.float()
     if noise is not None:
@@ -215,9 +214,10 @@ def _gradients(
     """(1 - t)·grad and t·grad; plain, differentiable products under ``create_graph``."""
     if torch.is_grad_enabled():
         time = per_sample(t, grad_x_t)
-        found = [factor * grad_x_t for factor, need in zip((1 - time, time), needed, strict=True) if need]
+        factors = zip((1 - time, time), needed, strict=True)
+        found = [factor * grad_x_t for factor, need in factors if need]
     else:
-        found = operators.interpolate_backward(backend, readable(grad_x_t), t, mask_of(needed))
+        found = operators.interpolate_backward(backend, readable_samples(grad_x_t), t, mask_of(needed))
     return [
         None if grad is None else grad.to(dtype)
         for grad, dtype in zip(scatter(found, needed), dtypes, strict=True)

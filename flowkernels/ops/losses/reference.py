@@ -12,7 +12,11 @@ Arithmetic and result are at least float32, and float64 where an operand is.
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+from flowkernels.ops._samples import per_sample
 
 Tensor = torch.Tensor
 

@@ -12,12 +12,12 @@ from flowkernels.ops._samples import (
     check_batch_vector,
     check_like,
     check_samples,
-    contiguous_samples,
+    kernels_read_samples,
     per_sample,
-    readable,
+    readable_samples,
     tracked,
 )
-from flowkernels.ops._validate import check_tensor, served_dtypes
+from flowkernels.ops._validate import check_tensor
 from flowkernels.ops.step import _operators as operators
 from flowkernels.ops.step import reference
 
@@ -71,6 +71,9 @@ def euler_step(
         guidance = 1.0
     dt_needs_grad = False
     if isinstance(dt, Tensor):
+        if dt.dim() == 0 and dt.device.type == "cpu" and x.device.type != "cpu":
+            dt = dt.item()  # a number of the host's, as torch's own operators take it: no sync
+    if isinstance(dt, Tensor):
         _check_dt(dt, x)
         dt_needs_grad = dt.requires_grad and torch.is_grad_enabled()
     elif isinstance(dt, bool) or not isinstance(dt, (int, float)):
@@ -81,8 +84,7 @@ def euler_step(
     backend = _library.choose(
         "euler_step",
         x.device,
-        served_dtypes(x, v, v_uncond),
-        not dt_needs_grad and contiguous_samples(x, v, v_uncond, out),
+        not dt_needs_grad and kernels_read_samples(x, v, v_uncond, out),
     )
     if backend == "reference":
         result = reference.euler_step(x, v, dt, v_uncond, guidance)
@@ -133,7 +135,7 @@ class EulerStep(FusedFunction):
             ]
         elif any(velocities):
             found = operators.euler_step_backward(
-                ctx.backend, readable(grad), dt, ctx.dt_value, ctx.guidance, mask_of(velocities)
+                ctx.backend, readable_samples(grad), dt, ctx.dt_value, ctx.guidance, mask_of(velocities)
             )
         else:
             found = []
@@ -159,6 +161,8 @@ def _check_out(
     dtype = reference.result_dtype(x, v, v_uncond)
     if out.dtype != dtype:
         raise ValueError(f"out: got dtype {out.dtype}, need {dtype}")
+    if out.shape[0] > 1 and out.stride(0) == 0:
+        raise ValueError("out: its samples share memory, need a tensor of its own elements")
     if differentiate or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError(
             "out: is given while a gradient is asked for, need out=None or torch.no_grad()"

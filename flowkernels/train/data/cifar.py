@@ -6,7 +6,7 @@ import io
 import pickle
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     by the stand-ins above.
     """
 
-    _STAND_INS = {
+    _STAND_INS: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy.core.multiarray", "_reconstruct"): _Array,
         ("numpy._core.multiarray", "_reconstruct"): _Array,
         ("numpy", "ndarray"): _Array,
@@ -164,7 +164,8 @@ def _parse(raw: bytes, origin: str) -> tuple[np.ndarray, np.ndarray]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{origin}: not a CIFAR-10 part: {reason}") from error
     if len(images) != len(labels) or (len(labels) and not 0 <= labels.min() <= labels.max() < 10):
-        raise DataError(f"{origin}: not a CIFAR-10 part: {len(images)} images, {len(labels)} labels")
+        counts = f"{len(images)} images, {len(labels)} labels"
+        raise DataError(f"{origin}: not a CIFAR-10 part: {counts}")
     return images, labels
 
 

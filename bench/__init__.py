@@ -1,0 +1,1 @@
+"""Benchmarks: every operator against PyTorch eager, torch.compile and a copy of the same bytes."""

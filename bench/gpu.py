@@ -1,0 +1,281 @@
+"""``python -m bench.gpu``: on a machine with an NVIDIA GPU, build, test, benchmark and report.
+
+Needs no network: the machine's own Python, torch, Triton, nvcc, CMake and pybind11 are used. Each
+stage is a process of its own with a time limit and a log; one that fails is reported, and the rest
+goes on. The whole ends within ten minutes. Results go to ``bench/results/<gpu>.{json,md}``, and to
+the folder named by the environment variable ``OUT`` where that is set.
+
+``--dry`` runs the same stages on the CPU at tiny shapes, with results in a temporary folder: that
+everything is in order before a GPU is at hand. Exits 1 where a stage failed, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOTAL_SECONDS = 570.0
+
+
+class StageFailed(Exception):
+    """A stage did not do what it is for; the message is one line."""
+
+
+@dataclass
+class Run:
+    """One run of the script: its mode, where it writes, and when it has to be done."""
+
+    dry: bool
+    work: Path
+    results: Path
+    deadline: float
+    options: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    @property
+    def bench_json(self) -> Path:
+        return self.work / f"latest-{self.device}.json"
+
+    def command(
+        self, stage: str, arguments: list[str], seconds: float, **environment: str
+    ) -> int:
+        """Run a process with its output in the stage's log; its whole group is ended at the limit.
+
+        Raises:
+            StageFailed: It ran past ``seconds`` or past the end of the whole run.
+        """
+        limit = max(1.0, min(seconds, self.deadline - time.monotonic()))
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        # A virtual environment that is not activated has its tools beside its Python.
+        tools = [os.environ.get("PATH", ""), str(Path(sys.executable).parent)]
+        merged = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PATH": os.pathsep.join(filter(None, tools)),
+            "PYTHONUNBUFFERED": "1",
+        } | environment  # fmt: skip
+        with open(self.log(stage), "a") as log:
+            log.write(f"$ {' '.join(arguments)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                arguments, cwd=ROOT, env=merged, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                return process.wait(limit)
+            except subprocess.TimeoutExpired:
+                raise StageFailed(f"ran past its {limit:.0f} s") from None
+            finally:
+                _end_group(process)
+
+    def log(self, stage: str) -> Path:
+        return self.work / f"{stage}.log"
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End what the process left running, itself included."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def environment(run: Run, seconds: float) -> str:
+    """What this machine is: GPU, driver, clocks, versions."""
+    path = run.work / "environment.json"
+    code = (
+        "import json, sys; from bench import machine as m; "
+        f"found = m.describe({run.device!r}) | {{'nvcc': m.nvcc_version(), "
+        "'interpreter': m.interpreter()}; "
+        "open(sys.argv[1], 'w').write(json.dumps(found, indent=1) + '\\n'); print(found)"
+    )
+    if run.command("environment", [sys.executable, "-c", code, str(path)], seconds):
+        raise StageFailed("this machine cannot be described")
+    found = json.loads(path.read_text())
+    versions = f"torch {found['torch']}, Triton {found['triton'] or 'none'}, nvcc {found['nvcc']}"
+    return f"{found.get('gpu') or found['cpu']}, {versions}"
+
+
+def build(run: Run, seconds: float) -> str:
+    """The native libraries for the chip present; in a dry run, that they could be built."""
+    from bench import gpu_build
+
+    return gpu_build.check(run, seconds) if run.dry else gpu_build.build(run, seconds)
+
+
+def tests(run: Run, seconds: float) -> str:
+    """``pytest tests/gpu -m gpu``; a dry run has the same tests on the CPU."""
+    report = run.work / "tests.xml"
+    code = run.command(
+        "tests",
+        [
+            sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q",
+            "-p", "no:cacheprovider", f"--junitxml={report}",
+        ],
+        seconds,
+        FLOWKERNELS_GPU_DRY="1" if run.dry else "0",
+    )  # fmt: skip
+    if not report.is_file():
+        raise StageFailed(f"pytest gave no report (exit code {code})")
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    counts = {} if suite is None else suite.attrib
+    bad = int(counts.get("failures", 0)) + int(counts.get("errors", 0))
+    skipped = int(counts.get("skipped", 0))
+    good = int(counts.get("tests", 0)) - bad - skipped
+    text = f"{good} passed, {bad} failed, {skipped} skipped"
+    if code:
+        raise StageFailed(text if bad else f"{text} (exit code {code})")
+    return text
+
+
+def benchmarks(run: Run, seconds: float) -> str:
+    """The benchmark suites against their peers."""
+    from bench import report
+
+    command = [sys.executable, "-m", "bench.run", "--device", run.device, "--out", str(run.work),
+               "--no-plots"]  # fmt: skip
+    if run.dry:
+        # The peers are traced as a whole, forward and backward, but compiled to no machine code.
+        command += ["--quick", "--compiler", "aot_eager", "--seconds", "0.01"]
+    # The last case begun may compile for half a minute.
+    budget = min(seconds, run.deadline - time.monotonic()) - (5 if run.dry else 45)
+    command += ["--budget", f"{max(5.0, budget):.0f}", *run.options]
+    code = run.command("benchmarks", command, seconds)
+    if code or not run.bench_json.is_file():
+        raise StageFailed(f"a variant failed (exit code {code}): see the log")
+    return report.verdict(report.load(run.bench_json))
+
+
+def write_report(run: Run, seconds: float) -> str:
+    """Results, plots and the short table, also of a benchmark stage that was cut off."""
+    from bench import report
+
+    source = run.bench_json
+    if not source.is_file() or not source.stat().st_size:
+        source = source.with_suffix(".jsonl")
+    if not source.is_file():
+        raise StageFailed("there are no benchmark results")
+    result = report.load(source)
+    if not result.rows:
+        raise StageFailed("the benchmarks measured nothing")
+    written = report.save(result, run.results) + report.plot(result, run.work)
+    if folder := os.environ.get("OUT"):
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for path in [*written, run.work / "environment.json"]:
+            if path.is_file():
+                shutil.copy(path, target / path.name)
+    print(report.compact(result))
+    return f"{run.results}/{result.name}.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, its limit on a GPU and its limit in a dry run, in seconds."""
+
+    name: str
+    action: Callable[[Run, float], str]
+    seconds: float
+    dry_seconds: float
+
+
+STAGES = (
+    Stage("environment", environment, 30, 30),
+    Stage("build", build, 120, 60),
+    Stage("tests", tests, 150, 90),
+    Stage("benchmarks", benchmarks, 260, 90),
+    Stage("report", write_report, 30, 30),
+)
+
+
+@dataclass
+class Outcome:
+    name: str
+    passed: bool
+    seconds: float
+    text: str
+
+
+def attempt(stage: Stage, run: Run) -> Outcome:
+    """Run one stage; whatever it raises is its outcome."""
+    limit = stage.dry_seconds if run.dry else stage.seconds
+    print(f"{stage.name} (at most {limit:.0f} s)", flush=True)
+    start = time.monotonic()
+    try:
+        text, passed = stage.action(run, limit), True
+    except StageFailed as error:
+        text, passed = str(error), False
+    except Exception as error:  # the next stages stand on their own
+        text, passed = f"{type(error).__name__}: {error}".splitlines()[0], False
+    if not passed:
+        print(f"{stage.name} failed: {text}\n{tail(run.log(stage.name))}", flush=True)
+    return Outcome(stage.name, passed, time.monotonic() - start, text)
+
+
+def tail(path: Path, lines: int = 25) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.is_file() else ""
+
+
+def keep_logs(run: Run) -> None:
+    """All logs as one file, where results are asked for."""
+    if folder := os.environ.get("OUT"):
+        logs = sorted(run.work.glob("*.log"))
+        text = "".join(f"==== {path.stem}\n{path.read_text(errors='replace')}\n" for path in logs)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "gpu.log").write_text(text)
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--dry", action="store_true", help="the same stages on CPU, tiny")
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE",
+                        help=f"some of: {', '.join(names)}")  # fmt: skip
+    parser.add_argument("-k", default="", help="only benchmarks whose name matches")
+    options = parser.parse_args(list(arguments) if arguments is not None else None)
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="flowkernels-gpu-") as temporary:
+        work = Path(temporary) if options.dry else ROOT / "runs" / "gpu"
+        work.mkdir(parents=True, exist_ok=True)
+        for old in [*work.glob("*.log"), *work.glob("latest-*")]:
+            old.unlink()
+        results = work / "results" if options.dry else ROOT / "bench" / "results"
+        extra = ["-k", options.k] if options.k else []
+        run = Run(options.dry, work, results, start + TOTAL_SECONDS, extra)
+        if not run.dry and not _gpu_present():
+            print("bench.gpu: torch sees no NVIDIA GPU here (--dry runs on CPU)", file=sys.stderr)
+            return 2
+        outcomes = [attempt(stage, run) for stage in STAGES if stage.name in options.stages]
+        keep_logs(run)
+    print()
+    for outcome in outcomes:
+        mark = "ok" if outcome.passed else "FAILED"
+        print(f"{outcome.name:<12} {mark:<6} {outcome.seconds:6.1f} s  {outcome.text}")
+    print(f"{'total':<12} {'':<6} {time.monotonic() - start:6.1f} s")
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+def _gpu_present() -> bool:
+    import torch
+
+    return bool(torch.version.cuda) and torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

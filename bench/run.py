@@ -1,0 +1,105 @@
+"""``python -m bench.run``: measure, print the table, keep the results.
+
+Runs pytest-benchmark over this folder. Results go to ``runs/bench`` (which git ignores); with
+``--save`` also to ``bench/results``, named by the machine. Exits 1 where a variant computes
+something else than the reference; a missed target is told in the table and is no error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How thorough: which shapes, seconds for a case, seconds for the whole run (0: no limit)."""
+
+    level: str
+    seconds: float
+    budget: float
+
+
+EFFORTS = {
+    "quick": Effort("tiny", 0.05, 120),
+    # Eight minutes, of which torch.compile takes the most; what the targets name comes first.
+    "normal": Effort("default", 2.0, 450),
+    "full": Effort("full", 3.0, 0),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    made.add_argument("-k", default="", help="only cases whose name matches, as in pytest -k")
+    made.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
+    made.add_argument("--full", action="store_true", help="every shape; an hour or more")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
+    made.add_argument("--seconds", type=float, help="time for one case")
+    made.add_argument("--budget", type=float, help="seconds after which no case is begun; 0: none")
+    made.add_argument("--compiler", default="inductor", help="torch.compile's backend")
+    made.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder to write")
+    made.add_argument("--save", action="store_true", help="also write bench/results")
+    made.add_argument("--no-plots", action="store_true")
+    made.add_argument("--verbose", action="store_true", help="pytest-benchmark's own tables too")
+    return made
+
+
+def pytest_command(options: argparse.Namespace, json_path: Path) -> list[str]:
+    effort = EFFORTS["quick" if options.quick else "full" if options.full else "normal"]
+    seconds = effort.seconds if options.seconds is None else options.seconds
+    budget = effort.budget if options.budget is None else options.budget
+    command = [
+        sys.executable, "-m", "pytest", str(ROOT / "bench"), "-q",
+        "-p", "no:cacheprovider", "--benchmark-only", "--continue-on-collection-errors",
+        f"--benchmark-json={json_path}", f"--rootdir={ROOT}",
+        f"--bench-device={options.device}", f"--bench-level={effort.level}",
+        f"--bench-seconds={seconds}", f"--bench-budget={budget}",
+        f"--bench-threads={options.threads}", f"--bench-compiler={options.compiler}",
+        f"--bench-rows={json_path.with_suffix('.jsonl')}",
+    ]  # fmt: skip
+    if not options.verbose:
+        command.append("--benchmark-quiet")
+    if options.k:
+        command += ["-k", options.k]
+    return command
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    options = parser().parse_args(list(arguments) if arguments is not None else None)
+    from bench import report
+
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    json_path = options.out / f"latest-{options.device}.json"
+    json_path.unlink(missing_ok=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
+    )}  # fmt: skip
+    print(f"Measuring on {options.device}; results go to {json_path}", flush=True)
+    code = subprocess.run(pytest_command(options, json_path), cwd=ROOT, env=environment).returncode
+    if not json_path.is_file() or not json_path.stat().st_size:
+        print("bench: nothing was measured (see above)", file=sys.stderr)
+        return code or 1
+    result = report.load(json_path)
+    report.print_table(result)
+    written = report.save(result, options.out)
+    if options.save:
+        written += report.save(result, RESULTS)
+    if not options.no_plots:
+        written += report.plot(result, options.out)
+    for path in written:
+        print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+// Losses over samples: the loss and its gradients in one pass over the operands.
+//
+//   flow_matching: mean (v - w)²                                 w = noise - x0
+//   fgm:           ω mean (2 d e + lam d²)                       d = u - v, e = v - w
+//                  u = u_uncond + guidance (u - u_uncond), ω = weight (t / 2max(mean|u - w|, 1e-5))
+//
+// Operands are [batch, elements] with contiguous samples. A work item is one chunk of one sample,
+// item = sample * chunks + chunk; it leaves its sum in `partial[item]`, so that the totals, added
+// in the order of items, do not depend on threads.
+#pragma once
+
+#include "samples.h"
+
+namespace flowkernels {
+
+// How sums over samples become the loss; the codes are those of the Python side.
+enum class Reduction : int64_t { none, mean, sum };
+
+struct LossExtent {
+  int64_t batch, elements, chunks;
+  Reduction reduction;
+};
+
+// The factor of a sample's sum in the loss, before its weight.
+FK_INLINE double loss_scale(const LossExtent& a) {
+  if (a.reduction == Reduction::sum) return 1.0;
+  const double mean = 1.0 / static_cast<double>(a.elements);
+  return a.reduction == Reduction::none ? mean : mean / static_cast<double>(a.batch);
+}
+
+struct FlowMatching {
+  LossExtent extent;
+  View v, x0, noise;
+  View grad_v, grad_x0, grad_noise;  // outputs; empty where not wanted
+  PerSample weight, grad_output;
+  double* partial;                   // [batch, chunks]
+};
+
+// Reads v, x0, noise once and writes the gradients once.
+void flow_matching(const FlowMatching& a, int64_t begin, int64_t end);
+
+// loss = Σ weight Σ partial, or [batch] of them.
+void flow_matching_total(const FlowMatching& a, float* loss);
+
+struct FGM {
+  LossExtent extent;
+  View u, v, x0, noise, u_uncond;                              // u_uncond may be empty
+  View grad_u, grad_v, grad_x0, grad_noise, grad_u_uncond;     // outputs, as above
+  PerSample t, weight, grad_output;
+  float lam, guidance;
+  bool sid;
+  double* size;                                                // [batch, chunks]: Σ |u - w|, or null
+  float* omega;                                                // [batch]: ω
+  double* partial;                                             // [batch, chunks]
+};
+
+// size[item], then ω of samples [begin, end), then the loss and its gradients.
+void fgm_size(const FGM& a, int64_t begin, int64_t end);
+void fgm_omega(const FGM& a, int64_t begin, int64_t end);
+void fgm(const FGM& a, int64_t begin, int64_t end);
+
+// The loss over samples that are finite; the gradients of others become zero. Returns their number.
+int32_t fgm_total(const FGM& a, float* loss);
+
+// Gradients [batch, elements] of one dtype, in place: samples' elements times `scale`. Items are
+// blocks of kBlock elements of the contiguous order.
+struct ScaleGradient {
+  int64_t batch, elements;
+  View gradient;
+  PerSample scale;
+};
+void scale_gradient(const ScaleGradient& a, int64_t begin, int64_t end);
+
+}  // namespace flowkernels

@@ -1,0 +1,54 @@
+#include "step.h"
+
+#include <algorithm>
+
+namespace flowkernels {
+
+FK_CLONES void euler_step(const EulerStep& a, int64_t begin, int64_t end) {
+  const int64_t total = a.batch * a.elements;
+  Scratch scratch(4, kBlock);
+  for (int64_t flat = begin * kBlock; flat < std::min(total, end * kBlock);) {
+    const int64_t last = std::min(total, (flat / kBlock + 1) * kBlock);
+    const Segment at = segment_at(flat, last, a.elements);
+    const float dt = value_of(a.dt, at.sample), guidance = a.guidance;
+    const float* x = load(a.x, at.sample, at.first, scratch[0], at.count);
+    const float* v = load(a.v, at.sample, at.first, scratch[1], at.count);
+    char* target = element(a.out, at.sample, at.first);
+    float* out = target_row(target, a.out.dtype, scratch[2]);
+    if (a.v_uncond) {
+      const float* uncond = load(a.v_uncond, at.sample, at.first, scratch[3], at.count);
+#pragma omp simd
+      for (int64_t i = 0; i < at.count; ++i)
+        out[i] = x[i] + dt * (uncond[i] + guidance * (v[i] - uncond[i]));
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < at.count; ++i) out[i] = x[i] + dt * v[i];
+    }
+    store_row(out, target, a.out.dtype, at.count);
+    flat += at.count;
+  }
+}
+
+FK_CLONES void euler_step_backward(const EulerStepBackward& a, int64_t begin, int64_t end) {
+  const int64_t total = a.batch * a.elements;
+  Scratch scratch(2, kBlock);
+  const View outputs[2] = {a.grad_v, a.grad_v_uncond};
+  for (int64_t flat = begin * kBlock; flat < std::min(total, end * kBlock);) {
+    const int64_t last = std::min(total, (flat / kBlock + 1) * kBlock);
+    const Segment at = segment_at(flat, last, a.elements);
+    const float dt = value_of(a.dt, at.sample);
+    const float* grad = load(a.grad, at.sample, at.first, scratch[0], at.count);
+    for (int output = 0; output < 2; ++output) {
+      if (!outputs[output]) continue;
+      const float factor = dt * (output == 0 ? a.guidance : 1.f - a.guidance);
+      char* target = element(outputs[output], at.sample, at.first);
+      float* result = target_row(target, outputs[output].dtype, scratch[1]);
+#pragma omp simd
+      for (int64_t i = 0; i < at.count; ++i) result[i] = factor * grad[i];
+      store_row(result, target, outputs[output].dtype, at.count);
+    }
+    flat += at.count;
+  }
+}
+
+}  // namespace flowkernels

@@ -1,0 +1,60 @@
+// flowkernels::euler_step_* on CPU.
+#include "../cpu/step.h"
+
+#include "samples.h"
+
+namespace flowkernels {
+namespace {
+
+void run(const Tensor& x, const Tensor& v, const OptionalTensor& v_uncond,
+         const OptionalTensor& dt, double dt_value, double guidance, const Tensor& out) {
+  EulerStep a{};
+  a.batch = batch_of(x);
+  a.elements = elements_of(x);
+  a.x = samples_view(x, "x", x);
+  a.v = samples_view(v, "v", x);
+  a.v_uncond = samples_view(v_uncond, "v_uncond", x);
+  a.out = samples_view(out, "out", x);
+  a.dt = per_sample(dt, "dt", x, static_cast<float>(dt_value));
+  a.guidance = static_cast<float>(guidance);
+  parallel(blocks_of(a.batch, a.elements), kBlock,
+           [&](int64_t begin, int64_t end) { euler_step(a, begin, end); });
+}
+
+Tensor euler_step_forward(const Tensor x, const Tensor v, const OptionalTensor v_uncond,
+                          const OptionalTensor dt, double dt_value, double guidance) {
+  Tensor out = empty_like(x, promote(promote(x.scalar_type(), v.scalar_type()), v_uncond));
+  run(x, v, v_uncond, dt, dt_value, guidance, out);
+  return out;
+}
+
+void euler_step_out(const Tensor x, const Tensor v, const OptionalTensor v_uncond,
+                    const OptionalTensor dt, double dt_value, double guidance, const Tensor out) {
+  run(x, v, v_uncond, dt, dt_value, guidance, out);
+}
+
+std::vector<Tensor> euler_step_gradients(const Tensor grad, const OptionalTensor dt,
+                                         double dt_value, double guidance, int64_t wanted) {
+  WantedOutputs outputs(grad, wanted);
+  EulerStepBackward a{};
+  a.batch = batch_of(grad);
+  a.elements = elements_of(grad);
+  a.grad = samples_view(grad, "grad", grad);
+  a.dt = per_sample(dt, "dt", grad, static_cast<float>(dt_value));
+  a.guidance = static_cast<float>(guidance);
+  a.grad_v = outputs.next(grad.scalar_type());
+  a.grad_v_uncond = outputs.next(grad.scalar_type());
+  parallel(blocks_of(a.batch, a.elements), kBlock,
+           [&](int64_t begin, int64_t end) { euler_step_backward(a, begin, end); });
+  return std::move(outputs.results);
+}
+
+}  // namespace
+}  // namespace flowkernels
+
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
+  using namespace flowkernels;
+  m.impl("euler_step_forward", TORCH_BOX(&euler_step_forward));
+  m.impl("euler_step_out", TORCH_BOX(&euler_step_out));
+  m.impl("euler_step_backward", TORCH_BOX(&euler_step_gradients));
+}

@@ -1,0 +1,7 @@
+"""`python -m flowkernels` is `flowkernels`."""
+
+import sys
+
+from flowkernels.cli import main
+
+sys.exit(main())

@@ -1,0 +1,202 @@
+"""Losses over samples: loss and gradients in one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+
+from flowkernels.ops import _library
+from flowkernels.ops._autograd import apply
+from flowkernels.ops._samples import (
+    REDUCTIONS,
+    check_batch_vector,
+    check_like,
+    check_samples,
+    kernels_read_samples,
+    tracked,
+)
+from flowkernels.ops._validate import check_choice
+from flowkernels.ops.losses import _operators as operators
+from flowkernels.ops.losses import reference
+from flowkernels.ops.losses._autograd import FGM, FlowMatching
+
+__all__ = ["fgm", "flow_matching"]
+
+Tensor = torch.Tensor
+
+
+def flow_matching(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The conditional flow-matching loss ``‖v - (noise - x0)‖²`` (arXiv 2210.02747).
+
+    ``ℓ_b = mean over the sample's elements of (v - (noise - x0))²``. Gradients, with n elements a
+    sample: ``2·weight_b·(v - (noise - x0))/(n·B)`` to v and x0, its negative to noise.
+
+    Args:
+        v: [B, ...], predicted velocity. Samples that are not contiguous take the reference path.
+        x0: [B, ...] of v's shape, data.
+        noise: [B, ...] of v's shape.
+        weight: [B], a factor for each sample's loss; None is 1. One that requires grad takes the
+            reference path.
+        reduction: ``"mean"``, Σ_b weight_b·ℓ_b / B (NaN for an empty batch); ``"none"``, [B];
+            ``"sum"``, Σ_b Σ_elements.
+
+    Returns:
+        0-d, or [B] for ``"none"``; at least float32, accumulated in float32 or better.
+
+    Raises:
+        TypeError: An operand is no floating-point tensor.
+        ValueError: A shape or device does not fit, or the reduction is unknown; names the
+            argument.
+
+    Example:
+        >>> import torch
+        >>> from flowkernels.losses import flow_matching
+        >>> x0, noise = torch.randn(2, 3), torch.randn(2, 3)
+        >>> flow_matching(noise - x0 + 0.5, x0, noise)
+        tensor(0.2500)
+    """
+    check_samples(v, "v")
+    check_like(x0, "x0", v)
+    check_like(noise, "noise", v)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    if weight is not None:
+        check_batch_vector(weight, "weight", v)
+    backend = _library.choose(
+        "flow_matching",
+        v.device,
+        kernels_read_samples(v, x0, noise, weight) and not _needs_grad(weight),
+    )
+    if backend == "reference":
+        return reference.flow_matching(v, x0, noise, weight, reduction)
+    code = REDUCTIONS.index(reduction)
+    if tracked(v, x0, noise):
+        return apply(FlowMatching, backend, v, x0, noise, weight, code)
+    return operators.flow_matching(backend, v, x0, noise, weight, None, code, 0)[0]
+
+
+def fgm(
+    u: Tensor,
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    *,
+    lam: float = 0.0,
+    weight: Tensor | None = None,
+    normalize: str | None = None,
+    u_uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    nonfinite: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The generator's loss of Flow Generator Matching (arXiv 2410.19310) and its family.
+
+    ``ℓ_b = ω_b·mean(2·d·e + lam·d²)`` with ``d = u - v``, ``e = v - w``, ``w = noise - x0``, and
+    under guidance ``u = u_uncond + guidance·(u - u_uncond)``. lam = 0 is the practical form,
+    1 the exact objective, -0.4 SiD with α = 1.2. Gradients: ``ω(2e + 2·lam·d)`` to the guided u,
+    ``ω(2(1 - lam)d - 2e)`` to v, and through w ``2ωd`` to x0 (over n·B under ``"mean"``).
+
+    A sample that is not finite (its loss, weight or t) contributes exactly zero to the loss and
+    gets zero gradients, by selection; the divisor stays B. That does not protect the gradients of
+    the weights of a network that such a sample went through: the optimiser's skip does.
+
+    Args:
+        u: [B, ...], the teacher's velocity (under guidance, the conditional one). Samples that
+            are not contiguous take the reference path.
+        v: [B, ...] of u's shape, velocity of the online ("fake") flow.
+        x0: [B, ...] of u's shape, generated samples.
+        noise: [B, ...] of u's shape, the noise of the interpolation (not the generator's).
+        t: [B], times of the interpolation; a constant in the gradient.
+        lam: λ above.
+        weight: [B], a factor for each sample's loss; None is 1. One that requires grad takes the
+            reference path.
+        normalize: ``"sid"`` multiplies ω by ``t/(2·max(mean|u - w|, 1e-5))``, mean over the sample
+            of the guided u, a constant in the gradient. None: ω = weight.
+        u_uncond: [B, ...] of u's shape, the teacher's velocity without conditions.
+        guidance: Scale of the teacher's guidance; used with ``u_uncond`` only.
+        nonfinite: 0-d or [1] int32 tensor on u's device; the number of samples left out is added
+            to it, without a host sync.
+        reduction: ``"mean"``, Σ_b ℓ_b / B (NaN for an empty batch); ``"none"``, [B]; ``"sum"``,
+            Σ_b Σ_elements.
+
+    Returns:
+        0-d, or [B] for ``"none"``; at least float32. Under lam = 0 a signed difference near zero:
+        no signal of convergence.
+
+    Raises:
+        TypeError: An operand is no floating-point tensor, or ``nonfinite`` no int32 tensor.
+        ValueError: A shape or device does not fit, or an option is unknown; names the argument.
+
+    Example:
+        >>> import torch
+        >>> from flowkernels.losses import fgm
+        >>> u, v, x0, noise = torch.randn(4, 2, 3).unbind()
+        >>> exact = fgm(u, v, x0, noise, torch.rand(2), lam=1.0)
+        >>> w = noise - x0
+        >>> torch.allclose(exact, ((u - w) ** 2 - (v - w) ** 2).mean(), atol=1e-6)
+        True
+    """
+    check_samples(u, "u")
+    check_like(v, "v", u)
+    check_like(x0, "x0", u)
+    check_like(noise, "noise", u)
+    check_batch_vector(t, "t", u)
+    if weight is not None:
+        check_batch_vector(weight, "weight", u)
+    if u_uncond is not None:
+        check_like(u_uncond, "u_uncond", u)
+    if normalize is not None:
+        check_choice(normalize, "normalize", ("sid",))
+    if nonfinite is not None:
+        _check_counter(nonfinite, u)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    sid, lam = normalize is not None, float(lam)
+    guidance = 1.0 if u_uncond is None else float(guidance)
+    backend = _library.choose(
+        "fgm",
+        u.device,
+        kernels_read_samples(u, v, x0, noise, u_uncond, weight) and not _needs_grad(weight),
+    )
+    if backend == "reference":
+        loss, skipped = reference.fgm(
+            u, v, x0, noise, t, weight, u_uncond, lam, guidance, sid, reduction
+        )
+    else:
+        if t.dtype == torch.float64:
+            t = t.float()
+        settings = (lam, guidance, sid, REDUCTIONS.index(reduction))
+        if tracked(u, v, x0, noise, u_uncond):
+            loss, skipped = apply(FGM, backend, u, v, x0, noise, u_uncond, t, weight, *settings)
+        else:
+            loss, skipped = operators.fgm(
+                backend, u, v, x0, noise, u_uncond, t, weight, None, *settings, 0
+            )
+    if nonfinite is not None:
+        nonfinite.add_(skipped)
+    return loss
+
+
+def _needs_grad(weight: Tensor | None) -> bool:
+    return weight is not None and weight.requires_grad and torch.is_grad_enabled()
+
+
+def _check_counter(nonfinite: Tensor, like: Tensor) -> None:
+    if not isinstance(nonfinite, Tensor) or nonfinite.dtype != torch.int32:
+        found = nonfinite.dtype if isinstance(nonfinite, Tensor) else type(nonfinite).__name__
+        raise TypeError(f"nonfinite: got {found}, need an int32 tensor")
+    if nonfinite.shape not in ((), (1,)):
+        raise ValueError(f"nonfinite: got shape {tuple(nonfinite.shape)}, need 0-d or [1]")
+    if nonfinite.device != like.device:
+        raise ValueError(
+            f"nonfinite: is on {nonfinite.device}, need {like.device} like the first argument"
+        )
+
+
+for _name in __all__:
+    _library.register_function(_name, "flowkernels.losses")

@@ -1,0 +1,196 @@
+"""How good are the samples? Class accuracy, Fréchet distance, time; as a table and a picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from flowkernels.train.classifier import Classifier, cached_classifier
+from flowkernels.train.data import ImageDataset, load_dataset
+from flowkernels.train.errors import UsageError
+from flowkernels.train.export import TrainedModel, load_model
+from flowkernels.train.files import write_json
+from flowkernels.train.frechet import frechet_distance
+from flowkernels.train.pictures import save_grid
+from flowkernels.train.process import resolve_device
+
+_BATCH = 500
+
+
+@dataclass
+class EvaluateConfig:
+    """Compare a teacher at several step counts with its one-step student, on the same noises."""
+
+    teacher: str = "runs/digits-teacher"
+    """Folder of the finished teacher run."""
+    student: str | None = "runs/digits-fgm"
+    """Folder of the finished student run. None: the teacher alone."""
+    output: str = "runs/digits-evaluation"
+    """Folder for results.json, samples.png and the classifier that judges."""
+    steps: tuple[int, ...] = (1, 2, 4, 8, 50)
+    """Step counts of the teacher."""
+    samples: int = 2000
+    """Generated images per row of the table."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale of the teacher; 1 is none."""
+    seed: int = 0
+    """Seed of the noises and of the classifier."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda or cuda:N."""
+
+    def validate(self) -> None:
+        """Raise UsageError, naming the key, where a value makes no sense."""
+        if self.samples < 2:
+            raise UsageError(f"samples: got {self.samples}, needs at least 2")
+        if not self.steps or min(self.steps) < 1:
+            raise UsageError(f"steps: got {self.steps}, needs step counts >= 1")
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    name: str
+    steps: int | None
+    """Network evaluations per image; None for real images."""
+    accuracy: float
+    """Share of images that the classifier puts into the class asked for."""
+    frechet: float
+    """Fréchet distance to all real images, in the classifier's features."""
+    seconds_per_1000: float | None
+    """Time to generate 1,000 images."""
+
+
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Row]:
+    """Judge a teacher and its student by a classifier that has seen only real images.
+
+    Every row uses the same noises and labels. The first row is the floor: the Fréchet distance
+    between two random halves of the real images, which no generator can be expected to beat.
+
+    Returns:
+        The rows; also written to `<output>/results.json`, with `<output>/samples.png`: for the same
+        noises, the teacher at its most steps, at one step, and the student.
+
+    Raises:
+        UsageError: a run is missing or damaged, or the two are of different images.
+    """
+    config.validate()
+    console = console or Console()
+    device = resolve_device(config.device)
+    teacher = load_model(config.teacher, device)
+    student = None if config.student is None else load_model(config.student, device)
+    if student is not None and student.shape != teacher.shape:
+        raise UsageError(f"student: makes images {student.shape}, the teacher {teacher.shape}")
+    dataset = load_dataset(teacher.data)
+    with console.status("training the classifier on real images"):
+        judge = cached_classifier(config.output, dataset, config.seed)
+        rows = [_real(judge, dataset, config.seed)]
+    real_features, _ = judge.judge(_all_images(dataset))
+    noise, labels = _noises(config, teacher, device)
+
+    def measure(name: str, model: TrainedModel, steps: int, guidance: float = 1.0) -> None:
+        with console.status(f"{name}, {steps} step{'s' if steps > 1 else ''}"):
+            images, seconds = _timed(
+                lambda n, c: model.generate(n, steps, c, guidance), noise, labels, device
+            )
+            features, predicted = judge.judge(images)
+        right = float("nan") if labels is None else (predicted == labels.cpu()).double().mean()
+        distance = frechet_distance(features.numpy(), real_features.numpy())
+        rows.append(Row(name, steps, float(right), distance, 1000 * seconds / config.samples))
+
+    for steps in config.steps:
+        measure("teacher", teacher, steps, config.guidance)
+    if student is not None:
+        measure("student", student, 1)
+    _write(config, rows, teacher, student, noise, labels)
+    console.print(_table(rows, config))
+    return rows
+
+
+def _noises(
+    config: EvaluateConfig, model: TrainedModel, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn((config.samples, *model.shape), generator=generator).to(device)
+    if not model.num_classes:
+        return noise, None
+    return noise, torch.arange(config.samples, device=device) % model.num_classes
+
+
+def _timed(
+    generate: Callable[[Tensor, Tensor | None], Tensor],
+    noise: Tensor,
+    labels: Tensor | None,
+    device: torch.device,
+) -> tuple[Tensor, float]:
+    """Images of all noises on the CPU, and the seconds that took after a small warm-up."""
+
+    def part(rows: slice) -> Tensor:
+        return generate(noise[rows], None if labels is None else labels[rows])
+
+    def settle() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    part(slice(0, 1))
+    start = settle()
+    images = [part(slice(i, i + _BATCH)) for i in range(0, len(noise), _BATCH)]
+    seconds = settle() - start
+    return torch.cat(images).float().cpu(), seconds
+
+
+def _all_images(dataset: ImageDataset) -> Tensor:
+    return dataset.images(torch.arange(len(dataset)))
+
+
+def _real(judge: Classifier, dataset: ImageDataset, seed: int) -> Row:
+    """The floor: one random half of the real images against the other."""
+    features, predicted = judge.judge(_all_images(dataset))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    half = len(order) // 2
+    first, second = features[order[:half]].numpy(), features[order[half:]].numpy()
+    accuracy = float((predicted == dataset.labels).double().mean())
+    return Row("real vs real", None, accuracy, frechet_distance(first, second), None)
+
+
+def _table(rows: list[Row], config: EvaluateConfig) -> Table:
+    table = Table(title=f"{config.samples} samples a row, the same noises")
+    table.add_column("images")
+    for heading in ("steps", "class accuracy", "Fréchet distance", "s / 1,000 images"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        seconds = "" if row.seconds_per_1000 is None else f"{row.seconds_per_1000:.3f}"
+        steps = "" if row.steps is None else str(row.steps)
+        style = "bold" if row.name == "student" else None
+        table.add_row(
+            row.name, steps, f"{row.accuracy:.1%}", f"{row.frechet:.2f}", seconds, style=style
+        )
+    return table
+
+
+def _write(
+    config: EvaluateConfig,
+    rows: list[Row],
+    teacher: TrainedModel,
+    student: TrainedModel | None,
+    noise: Tensor,
+    labels: Tensor | None,
+) -> None:
+    folder = Path(config.output)
+    result = {"config": asdict(config), "rows": [asdict(row) for row in rows]}
+    write_json(folder / "results.json", result)
+    columns = min(20, len(noise))
+    few = noise[:columns]
+    classes = None if labels is None else labels[:columns]
+    strips = [teacher.generate(few, n, classes, config.guidance) for n in (max(config.steps), 1)]
+    if student is not None:
+        strips.append(student.generate(few, 1, classes))
+    save_grid(folder / "samples.png", torch.cat(strips).cpu(), columns)

@@ -1,0 +1,257 @@
+"""The command line: help that teaches, overrides, exit codes with one line of reason."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowkernels.cli import main
+from flowkernels.train.recipe_file import load_recipe
+from flowkernels.train.recipes import FGMRecipe, TeacherRecipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TEACHER = """
+steps: 2
+batch_size: 8
+device: cpu
+tensorboard: false
+grid_rows: 1
+grid_steps: 2
+model: {dim: 16, depth: 1, heads: 1}
+optim: {lr: 1e-3, ema_decays: [0.9]}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "teacher.yaml"
+    path.write_text(TEACHER)
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
+    """Run a command that must fail; return its one line."""
+    capsys.readouterr()
+    assert main(arguments) == code
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("flowkernels: ")]
+    assert len(lines) == 1, error
+    assert error.splitlines()[-1] == lines[0], "the reason is the last thing said"
+    return lines[0]
+
+
+# ---- help ----------------------------------------------------------------------------------------
+
+
+def test_help_lists_commands_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("train", "distill fgm", "sample", "evaluate", "bench", "info", "--recipe", "Exit"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            ["train"],
+            ["--optim.lr", "Peak learning rate", "--data.kind", "flowkernels train --recipe"],
+        ),
+        (
+            ["distill", "fgm"],
+            ["--fake-optim.lr", "--method.lam", "--teacher", "--method.split-vjp"],
+        ),
+        (["distill"], ["--fake-optim.lr"]),
+        (["sample"], ["--run", "--labels", "flowkernels sample"]),
+        (["evaluate"], ["--teacher", "--student", "--samples"]),
+        (["bench"], ["PYTEST", "-k modulated_norm"]),
+        (["info"], ["backend"]),
+    ],
+)
+def test_help_of_each_command(
+    command: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--help"]) == 0
+    text = capsys.readouterr().out
+    for word in words:
+        assert word in text
+
+
+def test_every_option_of_train_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """No option without a sentence: its help is more than its default."""
+    main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert text.count("(default:") >= 40
+    lines = [line.strip(" │") for line in text.splitlines()]
+    # A long name stands alone on its line, its sentence on the next; none: the default follows.
+    bare = [
+        name
+        for name, line in itertools.pairwise(lines)
+        if line.startswith("(default:") and name.startswith("--") and "  " not in name
+    ]
+    assert not bare
+
+
+# ---- bad usage -----------------------------------------------------------------------------------
+
+
+def test_exit_code_2_for_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs a command" in fails(capsys, 2)
+    assert "did you mean train?" in fails(capsys, 2, "trian")
+    assert "needs a method: fgm" in fails(capsys, 2, "distill")
+    assert "got 'sgm', needs a method: fgm" in fails(capsys, 2, "distill", "sgm")
+    assert "takes no options" in fails(capsys, 2, "info", "now")
+
+
+def test_exit_code_2_for_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, 2, "train", "--optim.lrr", "3")
+    assert "--optim.lrr" in line
+    assert "the nearest valid one is --optim.lr;" in line
+    assert "could not convert string to float: 'x'" in fails(capsys, 2, "train", "--optim.lr", "x")
+    assert "invalid choice 'c'" in fails(capsys, 2, "train", "--data.kind", "c")
+    assert "steps: got 0, needs a whole number >= 1" in fails(capsys, 2, "train", "--steps", "0")
+    assert "--recipe: got nothing" in fails(capsys, 2, "train", "--recipe")
+
+
+def test_exit_code_2_for_bad_recipes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.write_text("optim: {learning_rat: 1}")
+    line = fails(capsys, 2, "train", "--recipe", str(recipe))
+    assert f"{recipe}: unknown key 'optim.learning_rat'" in line
+    recipe.write_text("optim: {warmupp: 1}")
+    line = fails(capsys, 2, "train", f"--recipe={recipe}")
+    assert "the nearest valid one is 'optim.warmup'" in line
+    assert "none.yaml: cannot read" in fails(capsys, 2, "train", "--recipe", "none.yaml")
+    recipe.write_text("model: {dim: 10, heads: 3}")
+    assert "dim is 10" in fails(capsys, 2, "train", "--recipe", str(recipe))
+
+
+def test_exit_code_2_for_missing_or_corrupt_data(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, 2, "train", "--data.kind", "cifar10", "--data.path", "no.tar.gz")
+    assert "no.tar.gz: no such CIFAR-10 archive or folder" in line
+    (tmp_path / "no.tar.gz").write_bytes(b"not an archive")
+    line = fails(capsys, 2, "train", "--data.kind", "cifar10", "--data.path", "no.tar.gz")
+    assert "no.tar.gz: not a readable tar archive" in line
+    (tmp_path / "test_batch").write_bytes(pickle.dumps(os.system, protocol=2))
+    options = ["--data.kind", "cifar10", "--data.path", str(tmp_path), "--data.split", "test"]
+    line = fails(capsys, 2, "train", *options)
+    assert "test_batch: not a CIFAR-10 part: it names posix.system, which is not data" in line
+    bad = tmp_path / "pictures" / "cats" / "bad.png"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"junk")
+    options = ["--data.kind", "folder", "--data.path", "pictures", "--data.image-size", "8"]
+    # Found when it is decoded, in the middle of a run.
+    line = fails(capsys, 2, "train", "--recipe", str(recipe), *options)
+    assert "bad.png: cannot be decoded as a picture" in line
+
+
+def test_exit_code_2_for_missing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    for command in (
+        ["distill", "fgm", "--teacher", nowhere],
+        ["sample", "--run", nowhere],
+        ["evaluate", "--teacher", nowhere],
+    ):
+        assert f"{nowhere}/model.json: cannot be read" in fails(capsys, 2, *command)
+
+
+def test_exit_code_2_for_several_processes(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "WORLD_SIZE: got 4" in fails(capsys, 2, "train", "--recipe", str(recipe))
+
+
+def test_exit_code_1_when_a_run_fails(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--optim.lr", "1e30", "--steps", "30", "--max-nonfinite", "2", "--log-every", "1"]
+    line = fails(capsys, 1, "train", "--recipe", str(recipe), *options)
+    assert "updates skipped for non-finite gradients" in line
+    assert "flow_matching" in line
+
+
+def test_bench_outside_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import flowkernels.cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        flowkernels.cli, "__file__", str(tmp_path / "site" / "flowkernels" / "cli.py")
+    )
+    assert "no benchmark suites in" in fails(capsys, 2, "bench")
+
+
+# ---- what works ----------------------------------------------------------------------------------
+
+
+def test_recipe_gives_defaults_and_options_override(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flowkernels.cli import _parse
+
+    options = ["--recipe", str(recipe), "--optim.lr", "2e-5", "--optim.betas", "0", "0.999"]
+    parsed = _parse(TeacherRecipe, "flowkernels train", options)
+    assert parsed.optim.lr == 2e-5
+    assert parsed.optim.betas == (0.0, 0.999)
+    assert parsed.optim.ema_decays == (0.9,)  # from the recipe
+    assert parsed.model.dim == 16
+    assert parsed.grid_steps == 2
+    assert parsed.data.kind == "digits"  # the built-in default
+
+
+def test_train_distill_sample_evaluate(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--recipe", str(recipe), "--output", "teacher"]) == 0
+    assert main(["train", "--recipe", str(recipe), "--output", "teacher"]) == 0  # done already
+    student = tmp_path / "fgm.yaml"
+    student.write_text(
+        "{steps: 2, batch_size: 8, device: cpu, tensorboard: false, grid_rows: 1, "
+        "teacher: teacher, output: student}"
+    )
+    options = ["--method.fake-steps", "2", "--method.split-vjp", "--fake-optim.lr", "1e-4"]
+    assert main(["distill", "fgm", "--recipe", str(student), *options]) == 0
+    for run in ("teacher", "student"):
+        assert (tmp_path / run / "weights.safetensors").exists()
+        assert (tmp_path / run / "samples" / "step-00000002.png").exists()
+    capsys.readouterr()
+    assert main(["sample", "--run", "student", "--rows", "2", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.strip() == "student/samples.png"
+    options = ["--teacher", "teacher", "--student", "student", "--output", "evaluation"]
+    options += ["--steps", "1", "2", "--samples", "20", "--device", "cpu"]
+    assert main(["evaluate", *options]) == 0
+    text = capsys.readouterr().out
+    assert "Fréchet distance" in text
+    assert "evaluation/results.json" in text
+    assert "teacher: student holds a one-step generator" in fails(
+        capsys, 2, "distill", "fgm", "--teacher", "student"
+    )
+
+
+def test_info_prints_the_operators(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "modulated_norm" in capsys.readouterr().out
+
+
+def test_module_entry_point() -> None:
+    command = [sys.executable, "-m", "flowkernels", "nonsense"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("flowkernels: no command 'nonsense'")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_file_is_valid(path: Path) -> None:
+    kind = FGMRecipe if path.stem.endswith("-fgm") else TeacherRecipe
+    recipe = load_recipe(kind, path)
+    recipe.validate()
+    assert recipe.output == f"runs/{path.stem}"
