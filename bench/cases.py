@@ -90,9 +90,7 @@ class Operation:
     one_pass: bool = False
     truth: Callable[[list[Any], list[Tensor]], list[Tensor]] | None = None
 
-    def traffic(
-        self, direction: str, inputs: Sequence[Any], outputs: Sequence[Tensor]
-    ) -> int:
+    def traffic(self, direction: str, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> int:
         """The least bytes that the direction moves: each tensor once in each pass that needs it."""
         forward = _size(inputs) + _size(outputs)
         if direction == "forward":
@@ -143,43 +141,37 @@ class Case:
 def cases_of(
     operation: Operation,
     shapes: Iterable[tuple[tuple[int, ...], int]],
-    context: Context,
     *,
     tiny: tuple[int, ...],
-    elements: Callable[[tuple[int, ...]], int] = lambda shape: torch.Size(shape).numel(),
 ) -> list[Case]:
     """The cases of an operation: each shape and dtype, each direction, and the host's time.
 
     Args:
         operation: what is measured.
         shapes: (shape, priority) pairs.
-        context: of the run.
         tiny: the shape at which a call's cost is the host's alone.
-        elements: of the largest operand, from the shape.
     """
-    made = []
     directions = DIRECTIONS if operation.gradients else DIRECTIONS[:1]
-    listed = [(shape, dtype, rank, "speed", SPEED) for shape, rank in shapes for dtype in DTYPES]
-    listed.append((tiny, "float32", 1, "host", HOST))
-    for shape, dtype, priority, kind, variants in listed:
-        for direction in directions:
+    sized = [(shape, dtype, rank, "speed") for shape, rank in shapes for dtype in DTYPES]
+    sized.append((tiny, "float32", 1, "host"))
 
-            def build(
-                context: Context,
-                shape: tuple[int, ...] = shape,
-                dtype: str = dtype,
-                direction: str = direction,
-                kind: str = kind,
-            ) -> Prepared:
-                return prepare(operation, shape, DTYPES[dtype], direction, kind, context)
+    def case(shape: tuple[int, ...], dtype: str, rank: int, kind: str, direction: str) -> Case:
+        return Case(
+            op=operation.name,
+            family=operation.family,
+            shape=label(shape),
+            elements=torch.Size(shape).numel(),
+            dtype=dtype,
+            direction=direction,
+            kind=kind,
+            priority=rank,
+            variants=HOST if kind == "host" else SPEED,
+            build=lambda context: prepare(
+                operation, shape, DTYPES[dtype], direction, kind, context
+            ),
+        )
 
-            made.append(
-                Case(
-                    operation.name, operation.family, label(shape), elements(shape), dtype,
-                    direction, kind, priority, variants, build,
-                )  # fmt: skip
-            )
-    return made
+    return [case(*size, direction) for size in sized for direction in directions]
 
 
 def prepare(
@@ -289,12 +281,12 @@ def _verify(
     exact = _differentiable([_double(x) for x in inputs], wanted)
     if operation.truth is not None:
         # The variant's outputs hold its own random numbers: each is held to its own truth.
-        errors = {}
+        errors: dict[str, float] = {}
         for name, function in functions.items():
-            found = results(function, inputs, grads)
-            truth = operation.truth(exact, [x.double() for x in found])
-            names = [f"output {i}" for i in range(len(found))]
-            errors |= {name: numerics.verify({"eager": found}, truth, dtype, names)["eager"]}
+            drawn = results(function, inputs, grads)
+            own = operation.truth(exact, [x.double() for x in drawn])
+            names = [f"output {i} of {name}" for i in range(len(drawn))]
+            errors[name] = numerics.verify({"eager": drawn}, own, dtype, names)["eager"]
         return errors
     up = None if grads is None else [x.double() for x in grads]
     with flowkernels.backend("reference"):

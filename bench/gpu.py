@@ -15,84 +15,17 @@ import argparse
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.gpu_run import ROOT, Run, StageFailed
+
 TOTAL_SECONDS = 570.0
-
-
-class StageFailed(Exception):
-    """A stage did not do what it is for; the message is one line."""
-
-
-@dataclass
-class Run:
-    """One run of the script: its mode, where it writes, and when it has to be done."""
-
-    dry: bool
-    work: Path
-    results: Path
-    deadline: float
-    options: list[str] = field(default_factory=list)
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.dry else "cuda"
-
-    @property
-    def bench_json(self) -> Path:
-        return self.work / f"latest-{self.device}.json"
-
-    def command(
-        self, stage: str, arguments: list[str], seconds: float, **environment: str
-    ) -> int:
-        """Run a process with its output in the stage's log; its whole group is ended at the limit.
-
-        Raises:
-            StageFailed: It ran past ``seconds`` or past the end of the whole run.
-        """
-        limit = max(1.0, min(seconds, self.deadline - time.monotonic()))
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        # A virtual environment that is not activated has its tools beside its Python.
-        tools = [os.environ.get("PATH", ""), str(Path(sys.executable).parent)]
-        merged = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "PATH": os.pathsep.join(filter(None, tools)),
-            "PYTHONUNBUFFERED": "1",
-        } | environment  # fmt: skip
-        with open(self.log(stage), "a") as log:
-            log.write(f"$ {' '.join(arguments)}\n")
-            log.flush()
-            process = subprocess.Popen(
-                arguments, cwd=ROOT, env=merged, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                return process.wait(limit)
-            except subprocess.TimeoutExpired:
-                raise StageFailed(f"ran past its {limit:.0f} s") from None
-            finally:
-                _end_group(process)
-
-    def log(self, stage: str) -> Path:
-        return self.work / f"{stage}.log"
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End what the process left running, itself included."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
 
 
 def environment(run: Run, seconds: float) -> str:
@@ -152,6 +85,8 @@ def benchmarks(run: Run, seconds: float) -> str:
     if run.dry:
         # The peers are traced as a whole, forward and backward, but compiled to no machine code.
         command += ["--quick", "--compiler", "aot_eager", "--seconds", "0.01"]
+    else:
+        command += ["--seconds", "0.5"]  # some sixty rounds; compiling the peers takes the time
     # The last case begun may compile for half a minute.
     budget = min(seconds, run.deadline - time.monotonic()) - (5 if run.dry else 45)
     command += ["--budget", f"{max(5.0, budget):.0f}", *run.options]
@@ -228,7 +163,9 @@ def attempt(stage: Stage, run: Run) -> Outcome:
 
 
 def tail(path: Path, lines: int = 25) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.is_file() else ""
+    return (
+        "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.is_file() else ""
+    )
 
 
 def keep_logs(run: Run) -> None:
@@ -249,6 +186,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("-k", default="", help="only benchmarks whose name matches")
     options = parser.parse_args(list(arguments) if arguments is not None else None)
 
+    if not options.dry and not _gpu_present():
+        print("bench.gpu: torch sees no NVIDIA GPU here (--dry runs on CPU)", file=sys.stderr)
+        return 2
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="flowkernels-gpu-") as temporary:
         work = Path(temporary) if options.dry else ROOT / "runs" / "gpu"
@@ -258,9 +198,6 @@ def main(arguments: Iterable[str] | None = None) -> int:
         results = work / "results" if options.dry else ROOT / "bench" / "results"
         extra = ["-k", options.k] if options.k else []
         run = Run(options.dry, work, results, start + TOTAL_SECONDS, extra)
-        if not run.dry and not _gpu_present():
-            print("bench.gpu: torch sees no NVIDIA GPU here (--dry runs on CPU)", file=sys.stderr)
-            return 2
         outcomes = [attempt(stage, run) for stage in STAGES if stage.name in options.stages]
         keep_logs(run)
     print()

@@ -10,10 +10,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from bench.gpu import Run
+from bench.gpu_run import ROOT, Run, StageFailed
 
 LIBRARIES = Path("flowkernels/_lib")
 
@@ -30,8 +28,6 @@ def build(run: Run, seconds: float) -> str:
     Raises:
         StageFailed: A library is neither built nor loadable.
     """
-    from bench.gpu import StageFailed
-
     import torch
 
     chip = architecture(torch.cuda.get_device_capability(0))
@@ -63,8 +59,6 @@ def build(run: Run, seconds: float) -> str:
 
 def _loaded(run: Run, seconds: float) -> dict[str, str | None]:
     """Which native libraries a fresh process can load, and why not."""
-    from bench.gpu import StageFailed
-
     path = run.work / "libraries.json"
     code = (
         "import json, sys; from flowkernels.ops import _native; "
@@ -82,8 +76,6 @@ def check(run: Run, seconds: float) -> str:
     Raises:
         StageFailed: It does not configure, or sources changed since the build.
     """
-    from bench.gpu import ROOT, StageFailed
-
     reason = _off_on_purpose(ROOT)
     if reason:
         return f"no native build here: {reason}"
@@ -110,14 +102,13 @@ def _off_on_purpose(root: Path) -> str:
 
 
 def _configure(run: Run, seconds: float) -> None:
-    from bench.gpu import ROOT, StageFailed
-
     tools = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     cmake = shutil.which("cmake", path=tools)
     if cmake is None:
         raise StageFailed("cmake is not installed")
     torch_spec = importlib.util.find_spec("torch")
-    assert torch_spec is not None and torch_spec.origin is not None
+    if torch_spec is None or torch_spec.origin is None:
+        raise StageFailed("torch is not installed")
     import pybind11
 
     with tempfile.TemporaryDirectory(dir=run.work) as folder:

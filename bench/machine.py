@@ -35,6 +35,7 @@ def describe(device: str) -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "malloc": "memory kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "system's",
         "torch": torch.__version__,
         "triton": version("triton"),
         "flowkernels": version("flowkernels") or "source tree",
@@ -101,7 +102,9 @@ def cache_bytes(device: str) -> int:
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         number = re.match(r"(\d+)([KMG]?)", path.read_text().strip())
         if number:
-            sizes.append(int(number.group(1)) << {"": 0, "K": 10, "M": 20, "G": 30}[number.group(2)])
+            sizes.append(
+                int(number.group(1)) << {"": 0, "K": 10, "M": 20, "G": 30}[number.group(2)]
+            )
     return max(sizes, default=32 << 20)
 
 

@@ -8,7 +8,7 @@ taken from the data, the rounding that adding and removing 0.3 costs in that dty
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -45,7 +45,7 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def verify(
-    found: dict[str, Sequence[Tensor]],
+    found: Mapping[str, Sequence[Tensor]],
     truth: Sequence[Tensor],
     dtype: torch.dtype,
     names: Sequence[str],

@@ -169,8 +169,7 @@ def verify(
             for x, y, x0 in zip(found[:count], exact[:count], values, strict=True)
         )
         averaged = max(
-            relative_error(x.detach(), y)
-            for x, y in zip(found[count:], exact[count:], strict=True)
+            relative_error(x.detach(), y) for x, y in zip(found[count:], exact[count:], strict=True)
         )
         if not (moved <= 1e-3 and averaged <= 1e-6):
             raise AssertionError(

@@ -67,9 +67,7 @@ def fgm(u: Tensor, v: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (2 * (u - v) * (v - w)).flatten(1).mean(1).mean()
 
 
-def fgm_sid(
-    u: Tensor, v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, u_uncond: Tensor
-) -> Tensor:
+def fgm_sid(u: Tensor, v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, u_uncond: Tensor) -> Tensor:
     """With guidance 4.5 and SiD's normaliser, which is a constant in the gradient."""
     u, v, w = u.float(), v.float(), noise.float() - x0.float()
     u = u_uncond.float() + 4.5 * (u - u_uncond.float())

@@ -112,7 +112,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def compact(result: Result) -> str:
-    """The table in lines of under 110 characters, for a log of which only the end is kept."""
+    """The table in lines of at most 125 characters, for a log of which only the end is kept."""
     lines = [headline(result)]
     for row in result.rows:
         op, shape, dtype, direction, ours, eager, compiled, copied, _, met = cells(row)
@@ -130,6 +130,8 @@ def headline(result: Result) -> str:
     if "driver_version" in machine:
         clocks = f"{machine.get('clocks.sm', '?')} / {machine.get('clocks.mem', '?')}"
         what += f", driver {machine['driver_version']}, clocks {clocks}"
+    if machine.get("malloc") == "memory kept" and "gpu" not in machine:
+        what += ", memory kept"
     versions = f"torch {machine['torch']}, Triton {machine['triton'] or 'none'}"
     return f"{what}; Python {machine['python']}, {versions}"
 
@@ -175,7 +177,7 @@ def markdown(result: Result) -> str:
         f"Commit {result.about.get('commit', '')[:12] or 'unknown'}, "
         f"{result.about.get('date', '')[:10]}. {verdict(result)}.",
         "Ratios are how many times as long the peer took in the same run (median of rounds ± half "
-        "the interquartile range); \"of copy\" is the time of a copy of as many bytes over ours.",
+        'the interquartile range); "of copy" is the time of a copy of as many bytes over ours.',
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -254,7 +256,9 @@ def save(result: Result, directory: Path) -> list[Path]:
 def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="JSON files")
-    parser.add_argument("--plots", type=Path, default=Path("runs/bench"), help="folder of the plots")
+    parser.add_argument(
+        "--plots", type=Path, default=Path("runs/bench"), help="folder of the plots"
+    )
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(list(arguments) if arguments is not None else None)
     for path in options.results:

@@ -93,7 +93,9 @@ def block_parameters(width: int) -> list[tuple[int, ...]]:
         (4 * width, width),  # feed-forward
         (width, 4 * width),
     ]
-    stream = [shape for matrix in matrices for shape in (matrix, (matrix[0],))]
+    stream: list[tuple[int, ...]] = []
+    for matrix in matrices:
+        stream += [matrix, matrix[:1]]  # and its bias
     return stream * 2
 
 

@@ -42,7 +42,7 @@ def cases(context: Context) -> list[Case]:
     listed = token_shapes(context.level, context.device)
     chosen = listed if context.level == "full" else listed[:1]
     shapes = [((*shape[:2], 4 * shape[2]), 1 + priority) for shape, priority in chosen]
-    return [case for op in OPERATIONS for case in cases_of(op, shapes, context, tiny=TINY)]
+    return [case for op in OPERATIONS for case in cases_of(op, shapes, tiny=TINY)]
 
 
 @pytest.mark.benchmark(timer=REPLAY)

@@ -79,7 +79,7 @@ def cases(context: Context) -> list[Case]:
     found = [
         case
         for operation in (FLOW_MATCHING, FGM)
-        for case in cases_of(operation, shapes, context, tiny=TINY)
+        for case in cases_of(operation, shapes, tiny=TINY)
         # A loss is computed to be differentiated.
         if case.direction == "forward+backward" or context.level == "full"
     ]
@@ -88,7 +88,7 @@ def cases(context: Context) -> list[Case]:
         chosen = later if context.level == "full" else later[:2]
         found += [
             case
-            for case in cases_of(operation, chosen, context, tiny=TINY)
+            for case in cases_of(operation, chosen, tiny=TINY)
             if case.direction == "forward+backward" or not operation.gradients
         ]
     return found

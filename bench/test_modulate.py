@@ -63,9 +63,9 @@ RMS = Operation(
 
 def cases(context: Context) -> list[Case]:
     shapes = token_shapes(context.level, context.device)
-    found = [case for op in OPERATIONS for case in cases_of(op, shapes, context, tiny=TINY)]
+    found = [case for op in OPERATIONS for case in cases_of(op, shapes, tiny=TINY)]
     if context.level == "full":
-        found += cases_of(RMS, shapes[:1], context, tiny=TINY)
+        found += cases_of(RMS, shapes[:1], tiny=TINY)
     return found
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import optimiser_peers as peers_of
-from bench.cases import SPEED, Case, Context, Prepared, Random
+from bench.cases import SPEED, Call, Case, Context, Prepared, Random
 from bench.peers import compiled, copy_call
 from bench.shapes import SD3_MEDIUM, block_parameters
 from bench.timing import REPLAY
@@ -60,21 +60,24 @@ UNCLIPPED = peers_of.Recipe()
 
 def settings(context: Context) -> list[Setting]:
     """One block that compiles in seconds; on a GPU also as many SD3 blocks as fit."""
-    width, blocks = {"cpu": (512, 1), "cuda": (SD3_MEDIUM.width, 1)}[context.device]
+    few = ("ours", "eager", "copy")
     if context.level == "tiny":
-        width = 16
-    pruned = "optimiser without momentum"
+        return [
+            Setting("adamw_ema_clip", "optimiser", CLIPPED, 16, 1, 1),
+            Setting("adamw_ema_beta1_0", "optimiser", MOMENTLESS, 16, 1, 1, few),
+            Setting("adamw_ema", "optimiser", UNCLIPPED, 16, 1, 2, few),
+        ]
+    width = {"cpu": 512, "cuda": SD3_MEDIUM.width}[context.device]
     found = [
-        Setting("adamw_ema_clip", "optimiser", CLIPPED, width, blocks, 1),
-        Setting("adamw_ema_beta1_0", pruned, MOMENTLESS, width, blocks, 1),
-        Setting("adamw_ema", "optimiser without clip", UNCLIPPED, width, blocks, 2),
+        Setting("adamw_ema_clip", "optimiser", CLIPPED, width, 1, 1),
+        Setting("adamw_ema_beta1_0", "optimiser without momentum", MOMENTLESS, width, 1, 1),
+        Setting("adamw_ema", "optimiser without clip", UNCLIPPED, width, 1, 2),
     ]
-    if context.device == "cuda" and context.level != "tiny":
+    if context.device == "cuda":
         # Ours, the eager peer and the copy at a block's 36·D² parameters: 24 + 24 + 48 bytes each.
         a_block = 36 * width * width * 96
         free, _ = torch.cuda.mem_get_info()
         most = min(SD3_MEDIUM.blocks, int(free * 0.85) // a_block)
-        few = ("ours", "eager", "copy")
         found.append(Setting("adamw_ema_clip", "optimiser", CLIPPED, width, most, 2, few))
     return found
 
@@ -109,7 +112,7 @@ def _builder(setting: Setting) -> Callable[[Context], Prepared]:
                 recipe,
                 lambda f: compiled(f, device=context.device, backend=context.compile_backend),
             )
-        variants = {name: stepper.call for name, stepper in steppers.items()}
+        variants: dict[str, Call] = {name: stepper.call for name, stepper in steppers.items()}
         variants["copy"] = copy_call(setting.bytes_moved, 1, device)
         return Prepared(
             {name: variants[name] for name in setting.variants},

@@ -42,10 +42,10 @@ OPERATIONS = (
 def cases(context: Context) -> list[Case]:
     shapes = latent_shapes(context.level)
     guided, plain = OPERATIONS
-    found = cases_of(guided, shapes, context, tiny=TINY)
+    found = cases_of(guided, shapes, tiny=TINY)
     if context.level != "tiny":
         shapes = [(shape, 2 + priority) for shape, priority in shapes[:2]]
-    return found + cases_of(plain, shapes, context, tiny=TINY)
+    return found + cases_of(plain, shapes, tiny=TINY)
 
 
 @pytest.mark.benchmark(timer=REPLAY)

@@ -1,4 +1,4 @@
-"""Timing several variants of one computation in one run: interleaved, order rotated, inputs rotated.
+"""Timing several variants of one computation in one run: interleaved, orders and inputs rotated.
 
 A machine's speed drifts by more than the differences that matter, so a figure here is never a time
 taken alone: it is the ratio of two variants within one round, and the median of that over rounds.
@@ -107,7 +107,6 @@ def compare(
 @contextmanager
 def _no_collection() -> Iterator[None]:
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
@@ -176,7 +175,8 @@ class CudaSampler:
     ) -> None:
         import torch
 
-        self._call, self._next, self._graph = call, 0, None
+        self._call, self._next = call, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
         self.method, self.calls = "events", 1
@@ -194,19 +194,22 @@ class CudaSampler:
     def _capture(self) -> None:
         import torch
 
+        before = torch.cuda.current_stream()
         side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side.wait_stream(before)
         with torch.cuda.stream(side):
             for index in range(3):
                 self._call(index)
-        torch.cuda.current_stream().wait_stream(side)
+        before.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 for index in range(self.calls):
                     self._call(index)
         except RuntimeError:
-            # What cannot be captured is timed by events; the table says so ("events").
+            # What cannot be captured is timed by events, and its row says so. A capture that fails
+            # leaves its own stream behind as the current one.
+            torch.cuda.set_stream(before)
             torch.cuda.synchronize()
             return
         self._graph, self.method = graph, "graph"

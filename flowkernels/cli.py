@@ -32,7 +32,7 @@ The three steps on scikit-learn's bundled digits, a few minutes on two cores:
 
   flowkernels train --recipe recipes/digits-teacher.yaml
   flowkernels distill fgm --recipe recipes/digits-fgm.yaml
-  flowkernels evaluate
+  flowkernels evaluate --recipe recipes/digits-evaluate.yaml
 
 A recipe is a YAML file of options; what you add on the command line overrides it:
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Example:
         >>> from flowkernels.cli import main
-        >>> main(["train", "--stepz", "3"])
+        >>> main(["trian"])
         2
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -222,27 +222,15 @@ def _evaluate(program: str, rest: list[str]) -> None:
 
 
 def _bench(program: str, rest: list[str]) -> None:
-    """The suites are part of the checkout, not of the installed package."""
-    if rest and rest[0] in ("-h", "--help"):
-        print(
-            f"usage: {program} [PYTEST OPTIONS]\n\n"
-            "Time every operator against PyTorch eager and torch.compile, in this process's\n"
-            "checkout (the folder with bench/ in it).\n\n"
-            f"  {program} -k modulated_norm    one operator\n"
-            f"  {program} --benchmark-json results.json"
-        )
-        return
-    here = Path.cwd()
-    checkout = Path(__file__).resolve().parent.parent
-    for root in (here, checkout):
-        if any((root / "bench").glob("test_*.py")) and (root / "flowkernels").is_dir():
-            break
-    else:
+    """The suites are part of the checkout, not of the installed package; so are their options."""
+    here, checkout = Path.cwd(), Path(__file__).resolve().parent.parent
+    root = next((r for r in (here, checkout) if (r / "bench" / "run.py").is_file()), None)
+    if root is None:
         raise _Exit(2, f"no benchmark suites in {here}: run it in a checkout of the repository")
-    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", *rest]
+    command = [sys.executable, "-m", "bench.run", *rest]
     code = subprocess.run(command, cwd=root, check=False).returncode
     if code:
-        raise _Exit(1, f"the benchmarks ended with exit code {code}")
+        raise _Exit(2 if code == 2 else 1, f"the benchmarks ended with exit code {code}")
 
 
 def _info(program: str, rest: list[str]) -> None:

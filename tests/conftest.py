@@ -16,9 +16,9 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("markers", line)
     if INTERPRETED:
-        from tests.checks.interpreter import round_like_hardware
+        from tests.checks.interpreter import prepare
 
-        round_like_hardware()
+        prepare()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -31,7 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     import torch
 
-    if not torch.cuda.is_available():
+    # A dry run of the tests on a GPU has them on the CPU (tests/gpu/conftest.py).
+    if not torch.cuda.is_available() and os.environ.get("FLOWKERNELS_GPU_DRY") != "1":
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

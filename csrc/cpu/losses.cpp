@@ -29,8 +29,10 @@ FK_CLONES void flow_matching(const FlowMatching& a, int64_t begin, int64_t end) 
   const View outputs[3] = {a.grad_v, a.grad_x0, a.grad_noise};
   for (int64_t index = begin; index < end; ++index) {
     const Item item = item_at(a.extent, index);
+    const float grad_output = value_of(a.grad_output, item.sample);
+    if (a.rescale && grad_output == 1.f) continue;
     const float factor = 2.f * static_cast<float>(loss_scale(a.extent)) *
-                         value_of(a.weight, item.sample) * value_of(a.grad_output, item.sample);
+                         value_of(a.weight, item.sample) * grad_output;
     double total = 0.0;
     for (int64_t first = item.first; first < item.last; first += kBlock) {
       const int64_t n = std::min(kBlock, item.last - first);
@@ -120,9 +122,8 @@ FK_INLINE void store_combination(const Combination& a, int64_t sample, int64_t f
   store_row(result, target, a.output.dtype, n);
 }
 
-FK_INLINE void zero_sample(const View& gradient, int64_t sample, int64_t elements) {
-  if (gradient)
-    std::memset(element(gradient, sample, 0), 0, elements * element_size(gradient.dtype));
+FK_INLINE void zero(const View& gradient, int64_t sample, int64_t first, int64_t n) {
+  std::memset(element(gradient, sample, first), 0, n * element_size(gradient.dtype));
 }
 
 }  // namespace
@@ -165,15 +166,22 @@ FK_CLONES void fgm(const FGM& a, int64_t begin, int64_t end) {
   Scratch scratch(6, kBlock);
   for (int64_t index = begin; index < end; ++index) {
     const Item item = item_at(a.extent, index);
-    const float lam = a.lam;
-    const float c = 2.f * static_cast<float>(loss_scale(a.extent)) * a.omega[item.sample] *
-                    value_of(a.grad_output, item.sample);
+    const float lam = a.lam, omega = a.omega[item.sample];
+    const float grad_output = value_of(a.grad_output, item.sample);
+    if (a.rescale && grad_output == 1.f) continue;
+    const float c = 2.f * static_cast<float>(loss_scale(a.extent)) * omega * grad_output;
     const float on_u = c * a.guidance, on_uncond = c * (1.f - a.guidance);
     const Combination outputs[5] = {{a.grad_u, on_u * lam, on_u},
                                     {a.grad_v, c * (1.f - lam), -c},
                                     {a.grad_x0, c, 0.f},
                                     {a.grad_noise, -c, 0.f},
                                     {a.grad_u_uncond, on_uncond * lam, on_uncond}};
+    if (std::isnan(omega)) {
+      for (const Combination& each : outputs)
+        if (each.output) zero(each.output, item.sample, item.first, item.last - item.first);
+      a.partial[index] = NAN;
+      continue;
+    }
     double total = 0.0;
     for (int64_t first = item.first; first < item.last; first += kBlock) {
       const int64_t n = std::min(kBlock, item.last - first);
@@ -212,9 +220,9 @@ int32_t fgm_total(const FGM& a, float* loss) {
     if (!std::isfinite(mean) || !std::isfinite(value_of(a.t, sample))) {
       value = 0.0;
       ++skipped;
-      for (const View& gradient :
-           {a.grad_u, a.grad_v, a.grad_x0, a.grad_noise, a.grad_u_uncond})
-        zero_sample(gradient, sample, a.extent.elements);
+      a.omega[sample] = NAN;
+      for (const View& gradient : {a.grad_u, a.grad_v, a.grad_x0, a.grad_noise, a.grad_u_uncond})
+        if (gradient) zero(gradient, sample, 0, a.extent.elements);
     }
     if (a.extent.reduction == Reduction::none) loss[sample] = static_cast<float>(value);
     total += value;
@@ -223,24 +231,6 @@ int32_t fgm_total(const FGM& a, float* loss) {
   if (a.extent.reduction == Reduction::mean && a.extent.batch == 0) total = NAN;
   *loss = static_cast<float>(total);
   return skipped;
-}
-
-FK_CLONES void scale_gradient(const ScaleGradient& a, int64_t begin, int64_t end) {
-  const int64_t total = a.batch * a.elements;
-  Scratch scratch(2, kBlock);
-  for (int64_t flat = begin * kBlock; flat < std::min(total, end * kBlock);) {
-    const int64_t last = std::min(total, (flat / kBlock + 1) * kBlock);
-    const Segment at = segment_at(flat, last, a.elements);
-    flat += at.count;
-    const float scale = value_of(a.scale, at.sample);
-    if (scale == 1.f) continue;
-    char* target = element(a.gradient, at.sample, at.first);
-    const float* gradient = load_row(target, a.gradient.dtype, scratch[0], at.count);
-    float* result = target_row(target, a.gradient.dtype, scratch[1]);
-#pragma omp simd
-    for (int64_t i = 0; i < at.count; ++i) result[i] = scale * gradient[i];
-    store_row(result, target, a.gradient.dtype, at.count);
-  }
 }
 
 }  // namespace flowkernels

@@ -33,6 +33,7 @@ struct FlowMatching {
   View v, x0, noise;
   View grad_v, grad_x0, grad_noise;  // outputs; empty where not wanted
   PerSample weight, grad_output;
+  bool rescale;                      // leave alone what grad_output = 1 gave already
   double* partial;                   // [batch, chunks]
 };
 
@@ -44,31 +45,24 @@ void flow_matching_total(const FlowMatching& a, float* loss);
 
 struct FGM {
   LossExtent extent;
-  View u, v, x0, noise, u_uncond;                              // u_uncond may be empty
-  View grad_u, grad_v, grad_x0, grad_noise, grad_u_uncond;     // outputs, as above
+  View u, v, x0, noise, u_uncond;                           // u_uncond may be empty
+  View grad_u, grad_v, grad_x0, grad_noise, grad_u_uncond;  // outputs, as above
   PerSample t, weight, grad_output;
   float lam, guidance;
-  bool sid;
-  double* size;                                                // [batch, chunks]: Σ |u - w|, or null
-  float* omega;                                                // [batch]: ω
-  double* partial;                                             // [batch, chunks]
+  bool sid, rescale;
+  double* size;     // [batch, chunks]: Σ |u - w|
+  float* omega;     // [batch]: ω, NaN for a sample that is left out
+  double* partial;  // [batch, chunks]
 };
 
-// size[item], then ω of samples [begin, end), then the loss and its gradients.
+// size[item], then ω of samples [begin, end), then the loss and its gradients. Backward begins at
+// the last, with the ω of the forward pass.
 void fgm_size(const FGM& a, int64_t begin, int64_t end);
 void fgm_omega(const FGM& a, int64_t begin, int64_t end);
 void fgm(const FGM& a, int64_t begin, int64_t end);
 
-// The loss over samples that are finite; the gradients of others become zero. Returns their number.
+// The loss over samples that are finite; the gradients of others become zero and their ω NaN.
+// Returns the number of those others.
 int32_t fgm_total(const FGM& a, float* loss);
-
-// Gradients [batch, elements] of one dtype, in place: samples' elements times `scale`. Items are
-// blocks of kBlock elements of the contiguous order.
-struct ScaleGradient {
-  int64_t batch, elements;
-  View gradient;
-  PerSample scale;
-};
-void scale_gradient(const ScaleGradient& a, int64_t begin, int64_t end);
 
 }  // namespace flowkernels

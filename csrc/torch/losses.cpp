@@ -1,4 +1,4 @@
-// flowkernels::flow_matching, fgm, scale_gradients_ on CPU.
+// flowkernels::flow_matching_*, fgm_* on CPU.
 #include "../cpu/losses.h"
 
 #include "samples.h"
@@ -15,6 +15,11 @@ int64_t items_of(const LossExtent& extent) { return extent.batch * extent.chunks
 
 int64_t elements_per_item(const LossExtent& extent) { return std::min(extent.elements, kChunk); }
 
+// Every gradient is right as it was stored.
+bool is_one(const PerSample& grad_output) {
+  return grad_output.stride == 0 && value_of(grad_output, 0) == 1.f;
+}
+
 Tensor empty_loss(const LossExtent& extent, const Tensor& like) {
   return extent.reduction == Reduction::none ? empty({extent.batch}, ScalarType::Float, like)
                                              : empty({}, ScalarType::Float, like);
@@ -27,31 +32,96 @@ std::vector<Tensor> listed(std::initializer_list<Tensor> first, std::vector<Tens
   return all;
 }
 
-std::vector<Tensor> flow_matching_cpu(const Tensor v, const Tensor x0, const Tensor noise,
-                                      const OptionalTensor weight,
-                                      const OptionalTensor grad_output, int64_t reduction,
-                                      int64_t wanted) {
+FlowMatching describe(const Tensor& v, const Tensor& x0, const Tensor& noise,
+                      const OptionalTensor& weight, int64_t reduction) {
   FlowMatching a{};
   a.extent = extent_of(v, reduction);
   a.v = samples_view(v, "v", v);
   a.x0 = samples_view(x0, "x0", v);
   a.noise = samples_view(noise, "noise", v);
   a.weight = per_sample(weight, "weight", v, 1.f);
-  a.grad_output = per_sample(grad_output, "grad_output", v, 1.f);
-  WantedOutputs outputs(v, wanted);
+  return a;
+}
+
+template <class Outputs>
+void take_gradients(FlowMatching& a, const Tensor& v, const Tensor& x0, const Tensor& noise,
+                    Outputs& outputs) {
   a.grad_v = outputs.next(v.scalar_type());
   a.grad_x0 = outputs.next(x0.scalar_type());
   a.grad_noise = outputs.next(noise.scalar_type());
-  std::vector<double> partial(items_of(a.extent));
+}
+
+void run(FlowMatching& a, std::vector<double>& partial) {
+  partial.resize(items_of(a.extent));
   a.partial = partial.data();
   parallel(items_of(a.extent), elements_per_item(a.extent),
            [&](int64_t begin, int64_t end) { flow_matching(a, begin, end); });
+}
+
+std::vector<Tensor> flow_matching_forward(const Tensor v, const Tensor x0, const Tensor noise,
+                                          const OptionalTensor weight, int64_t reduction,
+                                          int64_t wanted) {
+  FlowMatching a = describe(v, x0, noise, weight, reduction);
+  WantedOutputs outputs(v, wanted);
+  take_gradients(a, v, x0, noise, outputs);
+  std::vector<double> partial;
+  run(a, partial);
   Tensor loss = empty_loss(a.extent, v);
   flow_matching_total(a, reinterpret_cast<float*>(data(loss)));
   return listed({loss}, outputs.results);
 }
 
-void run(FGM& a) {
+std::vector<Tensor> flow_matching_backward(const Tensor grad_output, const Tensor v,
+                                           const Tensor x0, const Tensor noise,
+                                           const OptionalTensor weight, int64_t reduction,
+                                           int64_t wanted) {
+  FlowMatching a = describe(v, x0, noise, weight, reduction);
+  a.grad_output = per_sample(grad_output, "grad_output", v, 1.f);
+  WantedOutputs outputs(v, wanted);
+  take_gradients(a, v, x0, noise, outputs);
+  std::vector<double> partial;
+  run(a, partial);
+  return std::move(outputs.results);
+}
+
+void flow_matching_rescale(const std::vector<Tensor> gradients, const Tensor grad_output,
+                           const Tensor v, const Tensor x0, const Tensor noise,
+                           const OptionalTensor weight, int64_t reduction, int64_t wanted) {
+  FlowMatching a = describe(v, x0, noise, weight, reduction);
+  a.grad_output = per_sample(grad_output, "grad_output", v, 1.f);
+  if (is_one(a.grad_output)) return;
+  a.rescale = true;
+  GivenOutputs outputs(gradients, v, wanted);
+  take_gradients(a, v, x0, noise, outputs);
+  std::vector<double> partial;
+  run(a, partial);
+}
+
+FGM describe(const Tensor& u, const Tensor& v, const Tensor& x0, const Tensor& noise,
+             const OptionalTensor& u_uncond, double lam, double guidance, int64_t reduction) {
+  FGM a{};
+  a.extent = extent_of(u, reduction);
+  a.u = samples_view(u, "u", u);
+  a.v = samples_view(v, "v", u);
+  a.x0 = samples_view(x0, "x0", u);
+  a.noise = samples_view(noise, "noise", u);
+  a.u_uncond = samples_view(u_uncond, "u_uncond", u);
+  a.lam = static_cast<float>(lam);
+  a.guidance = static_cast<float>(guidance);
+  return a;
+}
+
+template <class Outputs>
+void take_gradients(FGM& a, const Tensor& u, const Tensor& v, const Tensor& x0,
+                    const Tensor& noise, const OptionalTensor& u_uncond, Outputs& outputs) {
+  a.grad_u = outputs.next(u.scalar_type());
+  a.grad_v = outputs.next(v.scalar_type());
+  a.grad_x0 = outputs.next(x0.scalar_type());
+  a.grad_noise = outputs.next(noise.scalar_type());
+  if (u_uncond) a.grad_u_uncond = outputs.next(u_uncond->scalar_type());
+}
+
+void run_forward(FGM& a) {
   const int64_t items = items_of(a.extent), grain = elements_per_item(a.extent);
   if (a.extent.chunks == 1) {
     // One item is one sample: its normaliser and its loss while it is in the cache.
@@ -70,54 +140,64 @@ void run(FGM& a) {
   parallel(items, grain, [&](int64_t begin, int64_t end) { fgm(a, begin, end); });
 }
 
-std::vector<Tensor> fgm_cpu(const Tensor u, const Tensor v, const Tensor x0, const Tensor noise,
-                            const OptionalTensor u_uncond, const Tensor t,
-                            const OptionalTensor weight, const OptionalTensor grad_output,
-                            double lam, double guidance, bool sid, int64_t reduction,
-                            int64_t wanted) {
-  FGM a{};
-  a.extent = extent_of(u, reduction);
-  a.u = samples_view(u, "u", u);
-  a.v = samples_view(v, "v", u);
-  a.x0 = samples_view(x0, "x0", u);
-  a.noise = samples_view(noise, "noise", u);
-  a.u_uncond = samples_view(u_uncond, "u_uncond", u);
+// (loss, number of samples left out, ω, gradients...)
+std::vector<Tensor> fgm_forward(const Tensor u, const Tensor v, const Tensor x0,
+                                const Tensor noise, const OptionalTensor u_uncond, const Tensor t,
+                                const OptionalTensor weight, double lam, double guidance, bool sid,
+                                int64_t reduction, int64_t wanted) {
+  FGM a = describe(u, v, x0, noise, u_uncond, lam, guidance, reduction);
   a.t = per_sample(t, "t", u, 0.f);
   a.weight = per_sample(weight, "weight", u, 1.f);
-  a.grad_output = per_sample(grad_output, "grad_output", u, 1.f);
-  a.lam = static_cast<float>(lam);
-  a.guidance = static_cast<float>(guidance);
   a.sid = sid;
   WantedOutputs outputs(u, wanted);
-  a.grad_u = outputs.next(u.scalar_type());
-  a.grad_v = outputs.next(v.scalar_type());
-  a.grad_x0 = outputs.next(x0.scalar_type());
-  a.grad_noise = outputs.next(noise.scalar_type());
-  if (u_uncond) a.grad_u_uncond = outputs.next(u_uncond->scalar_type());
+  take_gradients(a, u, v, x0, noise, u_uncond, outputs);
   std::vector<double> sums(2 * items_of(a.extent));
-  std::vector<float> omega(a.extent.batch);
   a.partial = sums.data();
   a.size = sums.data() + items_of(a.extent);
-  a.omega = omega.data();
-  run(a);
+  Tensor omega = empty({a.extent.batch}, ScalarType::Float, u);
+  a.omega = reinterpret_cast<float*>(data(omega));
+  run_forward(a);
   Tensor loss = empty_loss(a.extent, u);
   Tensor skipped = empty({}, ScalarType::Int, u);
   *static_cast<int32_t*>(skipped.data_ptr()) =
       fgm_total(a, reinterpret_cast<float*>(data(loss)));
-  return listed({loss, skipped}, outputs.results);
+  return listed({loss, skipped, omega}, outputs.results);
 }
 
-void scale_gradients(const std::vector<Tensor> gradients, const Tensor grad_output) {
-  for (const Tensor& gradient : gradients) {
-    ScaleGradient a{};
-    a.batch = batch_of(gradient);
-    a.elements = elements_of(gradient);
-    a.gradient = samples_view(gradient, "gradient", gradient);
-    a.scale = per_sample(grad_output, "grad_output", gradient, 1.f);
-    if (a.scale.stride == 0 && value_of(a.scale, 0) == 1.f) return;
-    parallel(blocks_of(a.batch, a.elements), kBlock,
-             [&](int64_t begin, int64_t end) { scale_gradient(a, begin, end); });
-  }
+void run_backward(FGM& a, const Tensor& omega, const Tensor& like) {
+  STD_TORCH_CHECK(omega.scalar_type() == ScalarType::Float && omega.is_contiguous() &&
+                      omega.numel() == batch_of(like),
+                  "omega: need contiguous float32 [B]");
+  a.omega = reinterpret_cast<float*>(data(omega));
+  std::vector<double> partial(items_of(a.extent));
+  a.partial = partial.data();
+  parallel(items_of(a.extent), elements_per_item(a.extent),
+           [&](int64_t begin, int64_t end) { fgm(a, begin, end); });
+}
+
+std::vector<Tensor> fgm_backward(const Tensor grad_output, const Tensor u, const Tensor v,
+                                 const Tensor x0, const Tensor noise,
+                                 const OptionalTensor u_uncond, const Tensor omega, double lam,
+                                 double guidance, int64_t reduction, int64_t wanted) {
+  FGM a = describe(u, v, x0, noise, u_uncond, lam, guidance, reduction);
+  a.grad_output = per_sample(grad_output, "grad_output", u, 1.f);
+  WantedOutputs outputs(u, wanted);
+  take_gradients(a, u, v, x0, noise, u_uncond, outputs);
+  run_backward(a, omega, u);
+  return std::move(outputs.results);
+}
+
+void fgm_rescale(const std::vector<Tensor> gradients, const Tensor grad_output, const Tensor u,
+                 const Tensor v, const Tensor x0, const Tensor noise,
+                 const OptionalTensor u_uncond, const Tensor omega, double lam, double guidance,
+                 int64_t reduction, int64_t wanted) {
+  FGM a = describe(u, v, x0, noise, u_uncond, lam, guidance, reduction);
+  a.grad_output = per_sample(grad_output, "grad_output", u, 1.f);
+  if (is_one(a.grad_output)) return;
+  a.rescale = true;
+  GivenOutputs outputs(gradients, u, wanted);
+  take_gradients(a, u, v, x0, noise, u_uncond, outputs);
+  run_backward(a, omega, u);
 }
 
 }  // namespace
@@ -125,7 +205,10 @@ void scale_gradients(const std::vector<Tensor> gradients, const Tensor grad_outp
 
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   using namespace flowkernels;
-  m.impl("flow_matching", TORCH_BOX(&flow_matching_cpu));
-  m.impl("fgm", TORCH_BOX(&fgm_cpu));
-  m.impl("scale_gradients_", TORCH_BOX(&scale_gradients));
+  m.impl("flow_matching_forward", TORCH_BOX(&flow_matching_forward));
+  m.impl("flow_matching_backward", TORCH_BOX(&flow_matching_backward));
+  m.impl("flow_matching_rescale_", TORCH_BOX(&flow_matching_rescale));
+  m.impl("fgm_forward", TORCH_BOX(&fgm_forward));
+  m.impl("fgm_backward", TORCH_BOX(&fgm_backward));
+  m.impl("fgm_rescale_", TORCH_BOX(&fgm_rescale));
 }

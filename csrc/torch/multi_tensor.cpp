@@ -20,21 +20,29 @@ double read_scalar(const Tensor& tensor, const char* name) {
   }
 }
 
+// Many small tensors make many small chunks: threads are worth waking for elements, not for chunks.
+template <class F>
+void parallel_chunks(int64_t chunks, int64_t elements, const F& f) {
+  parallel(chunks, elements / std::max<int64_t>(1, chunks), f);
+}
+
 Tensor grad_norm(const Tensors grads, const OptionalTensor grad_scale) {
   STD_TORCH_CHECK(!grads.empty(), "grads: need at least one tensor");
   check_scalar(grad_scale, grads[0], "grad_scale");
   std::vector<SquareSums::Item> items;
   std::vector<int64_t> first_chunk{0};
+  int64_t elements = 0;
   for (const Tensor& grad : grads) {
     STD_TORCH_CHECK(grad.is_cpu() && is_dense(grad), "grads: need dense tensors on one device");
     items.push_back({data(grad), dtype_of(grad, "grads"), grad.numel()});
     first_chunk.push_back(first_chunk.back() + sweep_chunks(grad.numel()));
+    elements += grad.numel();
   }
   std::vector<double> partial(first_chunk.back());
   const SquareSums a{items.data(), first_chunk.data(), static_cast<int64_t>(items.size()),
                      partial.data()};
-  parallel(first_chunk.back(), kSweepChunk,
-           [&](int64_t begin, int64_t end) { square_sums(a, begin, end); });
+  parallel_chunks(first_chunk.back(), elements,
+                  [&](int64_t begin, int64_t end) { square_sums(a, begin, end); });
   double total = 0.;
   for (const double each : partial) total += each;
   const double scale = grad_scale ? std::abs(read_scalar(*grad_scale, "grad_scale")) : 1.;
@@ -56,6 +64,7 @@ class SweepBuilder {
       item.param_dtype = dtype_of(param, "params");
       items.push_back(item);
       first_chunk_.push_back(first_chunk_.back() + sweep_chunks(item.numel));
+      elements_ += item.numel;
     }
     for (const Tensor& ema : lists.emas) emas_.push_back(float_data(ema, "emas"));
     for (const double decay : ema_decays) weights_.push_back(static_cast<float>(1. - decay));
@@ -68,8 +77,8 @@ class SweepBuilder {
     a.emas = emas_.data();
     a.ema_weights = weights_.data();
     a.averages = static_cast<int64_t>(weights_.size());
-    parallel(first_chunk_.back(), kSweepChunk,
-             [&](int64_t begin, int64_t end) { sweep(a, begin, end); });
+    parallel_chunks(first_chunk_.back(), elements_,
+                    [&](int64_t begin, int64_t end) { sweep(a, begin, end); });
   }
 
   std::vector<Sweep::Item> items;
@@ -78,6 +87,7 @@ class SweepBuilder {
   std::vector<int64_t> first_chunk_;
   std::vector<float*> emas_;
   std::vector<float> weights_;
+  int64_t elements_ = 0;
 };
 
 bool is_skipped(const OptionalTensor& norm, bool skip_nonfinite) {

@@ -71,4 +71,27 @@ class WantedOutputs {
   int bit_ = 0;
 };
 
+// The same over tensors that are there already.
+class GivenOutputs {
+ public:
+  GivenOutputs(const std::vector<Tensor>& given, const Tensor& like, int64_t wanted)
+      : given_(given), like_(like), wanted_(wanted) {}
+
+  View next(ScalarType dtype) {
+    const bool wants = wanted_ >> bit_++ & 1;
+    if (!wants) return View{};
+    STD_TORCH_CHECK(index_ < given_.size(), "gradients: fewer than are wanted");
+    const Tensor& tensor = given_[index_++];
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, "gradients: need the operand's dtype");
+    return samples_view(tensor, "gradient", like_);
+  }
+
+ private:
+  const std::vector<Tensor>& given_;
+  const Tensor& like_;
+  int64_t wanted_;
+  int bit_ = 0;
+  size_t index_ = 0;
+};
+
 }  // namespace flowkernels

@@ -29,8 +29,16 @@ def joint_attention(first: Heads, second: Heads) -> tuple[Tensor, Tensor]:
         >>> [tuple(out.shape) for out in joint_attention(tuple(x), tuple(c))]
         [(2, 5, 4), (2, 2, 4)]
     """
+    dtype, device = first[0].dtype, first[0].device
     lengths = [first[0].shape[1], second[0].shape[1]]
     q, k, v = (torch.cat([a, b], dim=1).transpose(1, 2) for a, b in zip(first, second, strict=True))
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # PyTorch's CPU backward in a narrow dtype takes nine times that in float32 (17 tokens,
+        # 32 channels), casts included; and under autocast it would be chosen again.
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(dtype)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    out = out.transpose(1, 2).flatten(2)
     out_first, out_second = torch.split(out, lengths, dim=1)
     return out_first, out_second

@@ -143,4 +143,4 @@ class ClassTokens(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         tokens: Tensor = self.table(labels)
-        return tokens.view(*tokens.shape[:-1], self.tokens, -1)
+        return tokens.view(*labels.shape, self.tokens, tokens.shape[-1] // self.tokens)

@@ -66,9 +66,7 @@ def load_tile(pointer, stride, rows, columns, mask):
 @triton.jit
 def store_tile(pointer, stride, rows, columns, mask, values):
     """Round to the operand's dtype, and store."""
-    tl.store(
-        pointer + (rows * stride + columns), values.to(pointer.dtype.element_ty), mask=mask
-    )
+    tl.store(pointer + (rows * stride + columns), values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit

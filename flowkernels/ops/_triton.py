@@ -97,7 +97,7 @@ class Partials:
 
     def per_row(self, operand: Tensor | None) -> bool:
         """Whether ``operand`` has a row of its own for each row of a sample."""
-        return operand is not None and operand.dim() == 3 and operand.shape[1] > 1
+        return operand is not None and operand.dim() == 3 and operand.shape[1] != 1
 
     def sink(self, gradient: Tensor | None) -> Tensor | None:
         """Where the first stage writes for ``gradient``: itself, or the partial rows of its sum."""

@@ -117,7 +117,7 @@ class TrainConfig:
     """Remove the output folder's checkpoints and begin at step 0. Otherwise a run goes on from the
     newest complete checkpoint, if there is one."""
     log_every: int = 10
-    """Steps between two log points. The only time in a step at which the host waits."""
+    """Steps between two log points, at which the host waits for the device and looks at losses."""
     save_every: int = 500
     """Steps between two checkpoints; one more at the end and on SIGTERM. 0: only those."""
     keep_last: int = 2

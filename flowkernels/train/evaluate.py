@@ -26,13 +26,20 @@ _BATCH = 500
 
 @dataclass
 class EvaluateConfig:
-    """Compare a teacher at several step counts with its one-step student, on the same noises."""
+    """Compare a teacher at several step counts with its one-step student, on the same noises.
 
+    flowkernels evaluate --recipe recipes/digits-evaluate.yaml
+
+    flowkernels evaluate --teacher runs/my-teacher --student runs/my-student --output runs/judged
+    """
+
+    recipe: str | None = None
+    """YAML file with any of these options."""
     teacher: str = "runs/digits-teacher"
     """Folder of the finished teacher run."""
     student: str | None = "runs/digits-fgm"
     """Folder of the finished student run. None: the teacher alone."""
-    output: str = "runs/digits-evaluation"
+    output: str = "runs/digits-evaluate"
     """Folder for results.json, samples.png and the classifier that judges."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)
     """Step counts of the teacher."""

@@ -93,13 +93,14 @@ class TeacherRecipe(TrainConfig):
         flowkernels train --recipe recipes/digits-teacher.yaml --optim.lr 5e-4 --steps 2000
 
     Killed? Run the same command again: it goes on from its last checkpoint, bit for bit.
+
     Watch it: tensorboard --logdir OUTPUT/tensorboard
     """
 
     output: str = "runs/teacher"
     """Folder of the run: checkpoints, samples, TensorBoard logs, the final weights."""
     recipe: str | None = None
-    """YAML file with any of the options below."""
+    """YAML file with any of these options."""
     grid_steps: int = 50
     """Sampling steps for the grid."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -147,7 +148,7 @@ class FGMRecipe(TrainConfig):
     output: str = "runs/fgm"
     """Folder of the run: checkpoints, samples, TensorBoard logs, the final weights."""
     recipe: str | None = None
-    """YAML file with any of the options below."""
+    """YAML file with any of these options."""
     teacher: str = "runs/teacher"
     """Folder of the finished teacher run."""
     optim: OptimConfig = field(

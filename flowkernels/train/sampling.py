@@ -23,6 +23,8 @@ class SampleConfig:
         flowkernels sample --run runs/digits-teacher --steps 50 --labels 3 8 --rows 4
     """
 
+    recipe: str | None = None
+    """YAML file with any of these options."""
     run: str = "runs/digits-fgm"
     """Folder of a finished run (weights.safetensors and model.json)."""
     output: str | None = None

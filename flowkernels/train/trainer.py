@@ -40,9 +40,12 @@ from flowkernels.train.reporting import Reporter
 if TYPE_CHECKING:
     from flowkernels.distill import Method, Phase
 
-# Settings that may change between a checkpoint and its resume without changing the result.
+# Settings that may change between a checkpoint and its resume without changing the result (the
+# teacher's weights are in the checkpoint).
 _HARMLESS = {
     "output",
+    "recipe",
+    "teacher",
     "fresh",
     "log_every",
     "save_every",

@@ -137,7 +137,12 @@ def test_evaluate_writes_table_json_and_picture(tmp_path: Path) -> None:
     student = write_run(tmp_path / "student", {"t_star": 1.0, "sigma_star": 1.0})
     output = tmp_path / "out"
     config = EvaluateConfig(
-        str(teacher), str(student), str(output), steps=(1, 2), samples=40, device="cpu"
+        teacher=str(teacher),
+        student=str(student),
+        output=str(output),
+        steps=(1, 2),
+        samples=40,
+        device="cpu",
     )
     console = Console(record=True, width=100)
     rows = evaluate(config, console)
@@ -166,13 +171,13 @@ def test_evaluate_writes_table_json_and_picture(tmp_path: Path) -> None:
 
 def test_sample_command_draws_the_classes_asked_for(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    path = sample_images(SampleConfig(str(run), steps=2, labels=(3, 8), rows=4, device="cpu"))
+    path = sample_images(SampleConfig(run=str(run), steps=2, labels=(3, 8), rows=4, device="cpu"))
     assert path == run / "samples.png"
     assert Image.open(path).size == (17 * 6, 35 * 6)
     with pytest.raises(UsageError, match=r"labels: got \(11,\), needs classes 0 to 9"):
-        sample_images(SampleConfig(str(run), labels=(11,), device="cpu"))
+        sample_images(SampleConfig(run=str(run), labels=(11,), device="cpu"))
     with pytest.raises(UsageError, match=r"ends in \.png"):
-        sample_images(SampleConfig(str(run), output=str(tmp_path / "x.gif"), device="cpu"))
+        sample_images(SampleConfig(run=str(run), output=str(tmp_path / "x.gif"), device="cpu"))
 
 
 def test_missing_and_damaged_runs_are_named(tmp_path: Path) -> None:

@@ -217,7 +217,9 @@ def _gradients(
         factors = zip((1 - time, time), needed, strict=True)
         found = [factor * grad_x_t for factor, need in factors if need]
     else:
-        found = operators.interpolate_backward(backend, readable_samples(grad_x_t), t, mask_of(needed))
+        found = operators.interpolate_backward(
+            backend, readable_samples(grad_x_t), t, mask_of(needed)
+        )
     return [
         None if grad is None else grad.to(dtype)
         for grad, dtype in zip(scatter(found, needed), dtypes, strict=True)

@@ -93,15 +93,16 @@ def _box_muller(first, second):
 
 
 @triton.jit
-def _normals(rows, columns, elements, seed, offset, ALIGNED: tl.constexpr):
+def _normals(rows, columns, chunk, elements, seed, offset, ALIGNED: tl.constexpr):
     """Normals of the contiguous order at (rows, columns).
 
     Where samples hold whole groups of four (ALIGNED) a tile does too, and each group is computed
     once; elsewhere each element computes its group and takes its own of it.
     """
     if ALIGNED:
-        pieces = tl.reshape(columns, (columns.shape[1] // 4, 4))
-        group = (rows * elements) // 4 + (tl.min(pieces, axis=1) // 4)[None, :]
+        QUARTER: tl.constexpr = columns.shape[1] // 4
+        first = (rows * elements) // 4 + chunk.to(tl.int64) * QUARTER
+        group = first + tl.arange(0, QUARTER)[None, :]
         w0, w1, w2, w3 = _philox(group, seed, offset)
         z0, z1 = _box_muller(w0, w1)
         z2, z3 = _box_muller(w2, w3)
@@ -119,9 +120,7 @@ def _interpolate_kernel(
     x0, noise, x_t, t, batch, elements, chunks, x0_stride, noise_stride, t_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, mask, _ = tile_of(
-        tl.program_id(0), batch, elements, chunks, ROWS, COLUMNS
-    )
+    rows, columns, mask, _ = tile_of(tl.program_id(0), batch, elements, chunks, ROWS, COLUMNS)
     time = load_samples(t, t_stride, rows, batch, 0.0)
     data = load_tile(x0, x0_stride, rows, columns, mask)
     noise = load_tile(noise, noise_stride, rows, columns, mask)
@@ -134,14 +133,11 @@ def _interpolate_seeded_kernel(
     batch, elements, chunks, x0_stride, t_stride,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, mask, chunk = tile_of(
-        tl.program_id(0), batch, elements, chunks, ROWS, COLUMNS
-    )
+    rows, columns, mask, chunk = tile_of(tl.program_id(0), batch, elements, chunks, ROWS, COLUMNS)
     time = load_samples(t, t_stride, rows, batch, 0.0)
     data = load_tile(x0, x0_stride, rows, columns, mask)
-    normals = _normals(
-        rows, columns, elements, _seed(seed, seed_value), _seed(offset, offset_value), ALIGNED
-    )
+    key, stream = _seed(seed, seed_value), _seed(offset, offset_value)
+    normals = _normals(rows, columns, chunk, elements, key, stream, ALIGNED)
     rounded = normals.to(x0.dtype.element_ty)
     if noise is not None:
         tl.store(noise + (rows * elements + columns), rounded, mask=mask)
@@ -154,9 +150,7 @@ def _interpolate_backward_kernel(
     grad, grad_x0, grad_noise, t, batch, elements, chunks, grad_stride, t_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, mask, _ = tile_of(
-        tl.program_id(0), batch, elements, chunks, ROWS, COLUMNS
-    )
+    rows, columns, mask, _ = tile_of(tl.program_id(0), batch, elements, chunks, ROWS, COLUMNS)
     time = load_samples(t, t_stride, rows, batch, 0.0)
     g = load_tile(grad, grad_stride, rows, columns, mask)
     if grad_x0 is not None:

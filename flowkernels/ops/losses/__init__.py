@@ -77,7 +77,7 @@ def flow_matching(
     code = REDUCTIONS.index(reduction)
     if tracked(v, x0, noise):
         return apply(FlowMatching, backend, v, x0, noise, weight, code)
-    return operators.flow_matching(backend, v, x0, noise, weight, None, code, 0)[0]
+    return operators.flow_matching_forward(backend, v, x0, noise, weight, code, 0)[0]
 
 
 def fgm(
@@ -174,9 +174,9 @@ def fgm(
         if tracked(u, v, x0, noise, u_uncond):
             loss, skipped = apply(FGM, backend, u, v, x0, noise, u_uncond, t, weight, *settings)
         else:
-            loss, skipped = operators.fgm(
-                backend, u, v, x0, noise, u_uncond, t, weight, None, *settings, 0
-            )
+            loss, skipped = operators.fgm_forward(
+                backend, u, v, x0, noise, u_uncond, t, weight, *settings, 0
+            )[:2]
     if nonfinite is not None:
         nonfinite.add_(skipped)
     return loss

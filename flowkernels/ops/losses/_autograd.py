@@ -1,76 +1,55 @@
 """How a loss whose gradients are born in its forward pass meets autograd.
 
 The forward operator writes the gradients for grad_output = 1 while it reads the operands: one
-pass over memory. What arrives in backward is a scale, and four cases have to come out right.
+pass over memory. What grad_output is, only the backward pass knows, and only on the device.
 
-First backward. The stored gradients are scaled in place by an operator that reads grad_output on
-the device and returns at once where it is 1, and are handed out: autograd owns them from here on.
-Second backward (``retain_graph``). The buffers may be somebody's ``.grad`` by now. Rescaling them
-in place by the ratio of the two grad_outputs would alter what the first backward gave, and would
-need that scale kept; so the gradients are computed again, with grad_output passed in.
-float16 gradients. 2·(v - w)/(n·B) underflows before a GradScaler's factor arrives, so they are
-never stored unscaled: every backward computes them with grad_output passed in.
-Under torch.compile the stored gradients are multiplied functionally (and fused by the compiler);
-under ``create_graph`` the reference formula is differentiated.
+First backward. The stored gradients go through ``rescale_``, which returns at once where
+grad_output is 1 and else computes them again into the same memory: a product with the stored,
+already rounded gradient would round a second time. Autograd owns them from here on.
+Second backward (``retain_graph``). The buffers may be somebody's ``.grad`` by now, and rescaling
+them by the ratio of two grad_outputs would alter what the first backward gave. So the gradients
+are computed anew.
+float16. 2·(v - w)/(n·B) underflows before a GradScaler's factor arrives, so float16 gradients are
+never stored for grad_output = 1: every backward computes them.
+torch.compile. Nothing is stored: a graph cannot skip the rescaling, which would cost what
+computing them in the backward pass does.
+``create_graph``. The reference formula is differentiated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from flowkernels.ops._autograd import FusedFunction, mask_of, reference_gradients, scatter
-from flowkernels.ops._samples import per_sample
+from flowkernels.ops._samples import REDUCTIONS
 from flowkernels.ops.losses import _operators as operators
 from flowkernels.ops.losses import reference
 
 Tensor = torch.Tensor
 
-Compute = Callable[[Tensor | None, int], list[Tensor]]
-"""(grad_output, wanted) to the gradients wanted."""
+
+def stored(operands: Sequence[Tensor | None], needed: Sequence[bool]) -> int:
+    """The gradients that the forward pass computes, as the bits of ``wanted``."""
+    if torch.compiler.is_compiling():
+        return 0
+    for operand, need in zip(operands, needed, strict=True):
+        if need and operand is not None and operand.dtype == torch.float16:
+            return 0
+    return mask_of(needed)
 
 
-def stores_gradients(operands: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:
-    """Some gradient is asked for, and none of them in float16."""
-    wanted = [x.dtype for x, need in zip(operands, needed, strict=True) if need and x is not None]
-    return bool(wanted) and torch.float16 not in wanted
+def taken(ctx: Any) -> list[Tensor]:
+    """The stored gradients, once: none where there are none, or where they have been handed out.
 
-
-def save(ctx: Any, inputs: Sequence[Tensor | None], gradients: list[Tensor]) -> None:
-    """Keep the inputs, and the stored gradients where the first backward will find them.
-
-    Gradients go beside ``saved_tensors`` in eager mode, so that they are let go of at the first
-    backward: they are no longer ours, and the memory would be held as long as the loss lives.
+    They are kept beside ``saved_tensors``, which lives as long as the loss: what has been handed
+    out is not held on to.
     """
-    if torch.compiler.is_compiling():
-        ctx.save_for_backward(*inputs, *gradients)
-        ctx.count = len(gradients)
-    else:
-        ctx.save_for_backward(*inputs)
-        ctx.gradients = gradients
-
-
-def scaled_gradients(
-    ctx: Any, stored: Sequence[Tensor], grad_output: Tensor, needed: Sequence[bool], compute: Compute
-) -> list[Tensor | None]:
-    """The gradients times grad_output, by one of the ways above."""
-    if torch.compiler.is_compiling():
-        if stored:
-            found = [(g * _broadcast(grad_output, g)).to(g.dtype) for g in stored]
-        else:
-            found = compute(grad_output, mask_of(needed))
-    elif ctx.gradients:
-        found, ctx.gradients = ctx.gradients, None
-        operators.scale_gradients_(ctx.backend, found, grad_output)
-    else:
-        found = compute(grad_output, mask_of(needed))
-    return scatter(found, needed)
-
-
-def _broadcast(grad_output: Tensor, gradient: Tensor) -> Tensor:
-    return per_sample(grad_output, gradient) if grad_output.dim() else grad_output
+    gradients: list[Tensor] = ctx.gradients
+    ctx.gradients = []
+    return gradients
 
 
 class FlowMatching(FusedFunction):
@@ -84,39 +63,36 @@ class FlowMatching(FusedFunction):
         weight: Tensor | None,
         reduction: int,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[1:4]
-        wanted = mask_of(needed) if stores_gradients((v, x0, noise), needed) else 0
-        loss, *gradients = operators.flow_matching(
-            backend, v, x0, noise, weight, None, reduction, wanted
+        wanted = stored((v, x0, noise), ctx.needs_input_grad[1:4])
+        loss, *gradients = operators.flow_matching_forward(
+            backend, v, x0, noise, weight, reduction, wanted
         )
-        save(ctx, (v, x0, noise, weight), gradients)
-        ctx.backend, ctx.reduction = backend, reduction
+        ctx.save_for_backward(v, x0, noise, weight)
+        ctx.backend, ctx.reduction, ctx.gradients = backend, reduction, gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        v, x0, noise, weight, *stored = ctx.saved_tensors
+        v, x0, noise, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
             found = reference_gradients(
                 lambda v, x0, noise: reference.flow_matching(
-                    v, x0, noise, weight, operators.REDUCTIONS[ctx.reduction]
+                    v, x0, noise, weight, REDUCTIONS[ctx.reduction]
                 ),
                 (v, x0, noise),
                 (grad_loss,),
                 needed,
             )
+            return (None, *found, None, None)
+        wanted = mask_of(needed)
+        arguments = (grad_loss, v, x0, noise, weight, ctx.reduction, wanted)
+        gradients = taken(ctx)
+        if gradients:
+            operators.flow_matching_rescale_(ctx.backend, gradients, *arguments)
         else:
-            found = scaled_gradients(
-                ctx,
-                stored,
-                grad_loss,
-                needed,
-                lambda scale, wanted: operators.flow_matching(
-                    ctx.backend, v, x0, noise, weight, scale, ctx.reduction, wanted
-                )[1:],
-            )
-        return (None, *found, None, None)
+            gradients = operators.flow_matching_backward(ctx.backend, *arguments)
+        return (None, *scatter(gradients, needed), None, None)
 
 
 class FGM(FusedFunction):
@@ -138,49 +114,39 @@ class FGM(FusedFunction):
         sid: bool,
         reduction: int,
     ) -> tuple[Tensor, Tensor]:
-        needed = ctx.needs_input_grad[1:6]
-        wanted = mask_of(needed) if stores_gradients((u, v, x0, noise, u_uncond), needed) else 0
-        settings = (lam, guidance, sid, reduction)
-        loss, skipped, *gradients = operators.fgm(
-            backend, u, v, x0, noise, u_uncond, t, weight, None, *settings, wanted
+        wanted = stored((u, v, x0, noise, u_uncond), ctx.needs_input_grad[1:6])
+        loss, skipped, omega, *gradients = operators.fgm_forward(
+            backend, u, v, x0, noise, u_uncond, t, weight, lam, guidance, sid, reduction, wanted
         )
-        save(ctx, (u, v, x0, noise, u_uncond, t, weight), gradients)
-        ctx.backend, ctx.settings = backend, settings
+        ctx.save_for_backward(u, v, x0, noise, u_uncond, t, weight, omega)
+        ctx.backend, ctx.gradients = backend, gradients
+        ctx.settings = (lam, guidance, sid, reduction)
         ctx.mark_non_differentiable(skipped)
         return loss, skipped
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> Any:
-        u, v, x0, noise, u_uncond, t, weight, *stored = ctx.saved_tensors
+        u, v, x0, noise, u_uncond, t, weight, omega = ctx.saved_tensors
+        operands = (u, v, x0, noise, u_uncond)
         needed = ctx.needs_input_grad[1:6]
         lam, guidance, sid, reduction = ctx.settings
+        none = (None,) * 6
         if torch.is_grad_enabled():
+            settings = (lam, guidance, sid, REDUCTIONS[reduction])
             found = reference_gradients(
                 lambda u, v, x0, noise, u_uncond: reference.fgm(
-                    u,
-                    v,
-                    x0,
-                    noise,
-                    t,
-                    weight,
-                    u_uncond,
-                    lam,
-                    guidance,
-                    sid,
-                    operators.REDUCTIONS[reduction],
+                    u, v, x0, noise, t, weight, u_uncond, *settings
                 )[0],
-                (u, v, x0, noise, u_uncond),
+                operands,
                 (grad_loss,),
                 needed,
             )
+            return (None, *found, *none)
+        wanted = mask_of(needed)
+        arguments = (grad_loss, *operands, omega, lam, guidance, reduction, wanted)
+        gradients = taken(ctx)
+        if gradients:
+            operators.fgm_rescale_(ctx.backend, gradients, *arguments)
         else:
-            found = scaled_gradients(
-                ctx,
-                stored,
-                grad_loss,
-                needed,
-                lambda scale, wanted: operators.fgm(
-                    ctx.backend, u, v, x0, noise, u_uncond, t, weight, scale, *ctx.settings, wanted
-                )[2:],
-            )
-        return (None, *found, None, None, None, None, None, None)
+            gradients = operators.fgm_backward(ctx.backend, *arguments)
+        return (None, *scatter(gradients, needed), *none)

@@ -1,8 +1,12 @@
-"""Schemas and fakes of the losses: one operator each, loss and gradients in one pass.
+"""Schemas and fakes of the losses' operators: three each.
 
-The gradients asked for by the bits of ``wanted`` follow the loss in the list that is returned,
-each in its operand's dtype. They are scaled by ``grad_output`` (0-d, or [B] under reduction
-"none"; read on the device), None for 1.
+    forward    the loss, and the gradients asked for by the bits of ``wanted`` as grad_output = 1
+               gives them, each in its operand's dtype: one pass over the operands
+    rescale_   writes into those gradients what grad_output gives instead; where grad_output is 1,
+               which it reads on the device, it touches nothing
+    backward   the gradients anew, from the operands and grad_output
+
+grad_output is 0-d, or [B] under reduction "none".
 """
 
 from __future__ import annotations
@@ -15,16 +19,12 @@ from flowkernels.ops._samples import REDUCTIONS
 Tensor = torch.Tensor
 
 _KERNELS = "flowkernels.ops.losses.kernels:"
-NONE = REDUCTIONS.index("none")
+NONE, SUM = REDUCTIONS.index("none"), REDUCTIONS.index("sum")
 
 
 def loss_like(x: Tensor, reduction: int) -> Tensor:
     """An empty loss of samples like ``x``: [B], or 0-d."""
     return x.new_empty(x.shape[:1] if reduction == NONE else (), dtype=torch.float32)
-
-
-def _flow_matching_fake(v, x0, noise, weight, grad_output, reduction, wanted):  # type: ignore[no-untyped-def]
-    return [loss_like(v, reduction), *gradients_like(wanted, v, x0, noise)]
 
 
 def gradients_like(wanted: int, *operands: Tensor | None) -> list[Tensor]:
@@ -36,37 +36,73 @@ def gradients_like(wanted: int, *operands: Tensor | None) -> list[Tensor]:
     ]
 
 
-def _fgm_fake(  # type: ignore[no-untyped-def]
-    u, v, x0, noise, u_uncond, t, weight, grad_output, lam, guidance, sid, reduction, wanted
+def _flow_matching_forward_fake(v, x0, noise, weight, reduction, wanted):  # type: ignore[no-untyped-def]
+    return [loss_like(v, reduction), *gradients_like(wanted, v, x0, noise)]
+
+
+def _flow_matching_backward_fake(grad_output, v, x0, noise, weight, reduction, wanted):  # type: ignore[no-untyped-def]
+    return gradients_like(wanted, v, x0, noise)
+
+
+def _fgm_forward_fake(  # type: ignore[no-untyped-def]
+    u, v, x0, noise, u_uncond, t, weight, lam, guidance, sid, reduction, wanted
 ):
+    skipped = u.new_empty((), dtype=torch.int32)
+    omega = u.new_empty(u.shape[:1], dtype=torch.float32)
     gradients = gradients_like(wanted, u, v, x0, noise, u_uncond)
-    return [loss_like(u, reduction), u.new_empty((), dtype=torch.int32), *gradients]
+    return [loss_like(u, reduction), skipped, omega, *gradients]
 
 
-def _scale_fake(gradients, grad_output):  # type: ignore[no-untyped-def]
+def _fgm_backward_fake(  # type: ignore[no-untyped-def]
+    grad_output, u, v, x0, noise, u_uncond, omega, lam, guidance, reduction, wanted
+):
+    return gradients_like(wanted, u, v, x0, noise, u_uncond)
+
+
+def _rescale_fake(gradients, *others):  # type: ignore[no-untyped-def]
     return None
 
 
-flow_matching = define(
-    "flow_matching",
-    "(Tensor v, Tensor x0, Tensor noise, Tensor? weight, Tensor? grad_output, int reduction,"
+_FLOW_MATCHING = "Tensor v, Tensor x0, Tensor noise, Tensor? weight, int reduction, int wanted"
+_FGM = "Tensor u, Tensor v, Tensor x0, Tensor noise, Tensor? u_uncond"
+_FGM_BACKWARD = f"{_FGM}, Tensor omega, float lam, float guidance, int reduction, int wanted"
+
+flow_matching_forward = define(
+    "flow_matching_forward",
+    f"({_FLOW_MATCHING}) -> Tensor[]",
+    _flow_matching_forward_fake,
+    triton=_KERNELS + "flow_matching_forward",
+)
+flow_matching_rescale_ = define(
+    "flow_matching_rescale_",
+    f"(Tensor(a!)[] gradients, Tensor grad_output, {_FLOW_MATCHING}) -> ()",
+    _rescale_fake,
+    triton=_KERNELS + "flow_matching_rescale_",
+)
+flow_matching_backward = define(
+    "flow_matching_backward",
+    f"(Tensor grad_output, {_FLOW_MATCHING}) -> Tensor[]",
+    _flow_matching_backward_fake,
+    triton=_KERNELS + "flow_matching_backward",
+)
+# After the loss come the number of samples left out, int32, and ω [B], NaN for those: what the
+# backward pass needs to know about t, the weights and the normaliser.
+fgm_forward = define(
+    "fgm_forward",
+    f"({_FGM}, Tensor t, Tensor? weight, float lam, float guidance, bool sid, int reduction,"
     " int wanted) -> Tensor[]",
-    _flow_matching_fake,
-    triton=_KERNELS + "flow_matching",
+    _fgm_forward_fake,
+    triton=_KERNELS + "fgm_forward",
 )
-# Second in the list, after the loss: how many samples were not finite, int32.
-fgm = define(
-    "fgm",
-    "(Tensor u, Tensor v, Tensor x0, Tensor noise, Tensor? u_uncond, Tensor t, Tensor? weight,"
-    " Tensor? grad_output, float lam, float guidance, bool sid, int reduction, int wanted)"
-    " -> Tensor[]",
-    _fgm_fake,
-    triton=_KERNELS + "fgm",
+fgm_rescale_ = define(
+    "fgm_rescale_",
+    f"(Tensor(a!)[] gradients, Tensor grad_output, {_FGM_BACKWARD}) -> ()",
+    _rescale_fake,
+    triton=_KERNELS + "fgm_rescale_",
 )
-# In place; looks at grad_output on the device and touches nothing where it is 1.
-scale_gradients_ = define(
-    "scale_gradients_",
-    "(Tensor(a!)[] gradients, Tensor grad_output) -> ()",
-    _scale_fake,
-    triton=_KERNELS + "scale_gradients_",
+fgm_backward = define(
+    "fgm_backward",
+    f"(Tensor grad_output, {_FGM_BACKWARD}) -> Tensor[]",
+    _fgm_backward_fake,
+    triton=_KERNELS + "fgm_backward",
 )

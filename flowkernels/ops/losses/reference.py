@@ -13,6 +13,7 @@ Arithmetic and result are at least float32, and float64 where an operand is.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -70,19 +71,19 @@ def fgm(
 ) -> tuple[Tensor, Tensor]:
     """The loss, and how many samples were left out of it because they were not finite."""
     dtype = compute_dtype(u, v, x0, noise, u_uncond, weight)
-    operands = [
+    operands: list[Any] = [
         None if x is None else x.to(dtype) for x in (u, v, x0, noise, t, weight, u_uncond)
     ]
     with torch.no_grad():
-        sums, weight_of = _fgm_sums(*operands, lam, guidance, sid)
-        finite = torch.isfinite(reduce(sums, weight_of, u, "none")) & torch.isfinite(t)
+        sums, omega = _fgm_sums(*operands, lam=lam, guidance=guidance, sid=sid)
+        finite = torch.isfinite(reduce(sums, omega, u, "none")) & torch.isfinite(t)
     # Selected before the formula, not after it: the gradient of a selection is zero times the
     # gradient of the formula, which is NaN where that is not finite.
-    safe = [
+    safe: list[Any] = [
         None if x is None else torch.where(per_sample(finite, x), x, 0) for x in operands
     ]
-    sums, weight_of = _fgm_sums(*safe, lam, guidance, sid)
-    return reduce(sums, weight_of, u, reduction), (~finite).sum(dtype=torch.int32)
+    sums, omega = _fgm_sums(*safe, lam=lam, guidance=guidance, sid=sid)
+    return reduce(sums, omega, u, reduction), (~finite).sum(dtype=torch.int32)
 
 
 def _fgm_sums(
@@ -93,6 +94,7 @@ def _fgm_sums(
     t: Tensor,
     weight: Tensor | None,
     u_uncond: Tensor | None,
+    *,
     lam: float,
     guidance: float,
     sid: bool,

@@ -35,7 +35,7 @@ def euler_step(
     guidance: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One Euler step with classifier-free guidance: ``x + dt·(v_uncond + guidance·(v - v_uncond))``.
+    """One Euler step with guidance: ``x + dt·(v_uncond + guidance·(v - v_uncond))``.
 
     Without ``v_uncond`` it is ``x + dt·v``. dt is ``t_next - t``: negative when sampling, from
     noise at t = 1 to data at t = 0. (Guidance: arXiv 2207.12598.)
@@ -70,9 +70,8 @@ def euler_step(
     else:
         guidance = 1.0
     dt_needs_grad = False
-    if isinstance(dt, Tensor):
-        if dt.dim() == 0 and dt.device.type == "cpu" and x.device.type != "cpu":
-            dt = dt.item()  # a number of the host's, as torch's own operators take it: no sync
+    if isinstance(dt, Tensor) and dt.dim() == 0 and dt.device.type == "cpu" != x.device.type:
+        dt = float(dt)  # a number of the host's, as torch's own operators take it: no sync
     if isinstance(dt, Tensor):
         _check_dt(dt, x)
         dt_needs_grad = dt.requires_grad and torch.is_grad_enabled()
@@ -89,6 +88,7 @@ def euler_step(
     if backend == "reference":
         result = reference.euler_step(x, v, dt, v_uncond, guidance)
         return result if out is None else out.copy_(result)
+    arguments: tuple[Tensor | None, float, float]
     if isinstance(dt, Tensor):
         arguments = (dt.float() if dt.dtype == torch.float64 else dt, 0.0, float(guidance))
     else:
@@ -135,7 +135,12 @@ class EulerStep(FusedFunction):
             ]
         elif any(velocities):
             found = operators.euler_step_backward(
-                ctx.backend, readable_samples(grad), dt, ctx.dt_value, ctx.guidance, mask_of(velocities)
+                ctx.backend,
+                readable_samples(grad),
+                dt,
+                ctx.dt_value,
+                ctx.guidance,
+                mask_of(velocities),
             )
         else:
             found = []

@@ -24,9 +24,7 @@ def _euler_step_kernel(
     x_stride, v_stride, v_uncond_stride, out_stride, dt_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, mask, _ = tile_of(
-        tl.program_id(0), batch, elements, chunks, ROWS, COLUMNS
-    )
+    rows, columns, mask, _ = tile_of(tl.program_id(0), batch, elements, chunks, ROWS, COLUMNS)
     step = load_samples(dt, dt_stride, rows, batch, dt_value)
     state = load_tile(x, x_stride, rows, columns, mask)
     velocity = load_tile(v, v_stride, rows, columns, mask)
@@ -42,9 +40,7 @@ def _euler_step_backward_kernel(
     grad_stride, dt_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, mask, _ = tile_of(
-        tl.program_id(0), batch, elements, chunks, ROWS, COLUMNS
-    )
+    rows, columns, mask, _ = tile_of(tl.program_id(0), batch, elements, chunks, ROWS, COLUMNS)
     step = load_samples(dt, dt_stride, rows, batch, dt_value)
     g = step * load_tile(grad, grad_stride, rows, columns, mask)
     if grad_v is not None:

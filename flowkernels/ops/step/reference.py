@@ -1,6 +1,6 @@
 """One Euler step in plain PyTorch: the specification of the kernels.
 
-    x + dt·v,  v = v_uncond + guidance·(v - v_uncond) where v_uncond is given
+x + dt·v,  v = v_uncond + guidance·(v - v_uncond) where v_uncond is given
 """
 
 from __future__ import annotations

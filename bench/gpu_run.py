@@ -1,0 +1,77 @@
+"""What the stages of :mod:`bench.gpu` share: where a run writes, and how it starts processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class StageFailed(Exception):
+    """A stage did not do what it is for; the message is one line."""
+
+
+@dataclass
+class Run:
+    """One run of the script: its mode, where it writes, and when it has to be done."""
+
+    dry: bool
+    work: Path
+    results: Path
+    deadline: float
+    options: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    @property
+    def bench_json(self) -> Path:
+        return self.work / f"latest-{self.device}.json"
+
+    def command(self, stage: str, arguments: list[str], seconds: float, **environment: str) -> int:
+        """Run a process with its output in the stage's log; its whole group is ended at the limit.
+
+        Raises:
+            StageFailed: It ran past ``seconds`` or past the end of the whole run.
+        """
+        limit = max(1.0, min(seconds, self.deadline - time.monotonic()))
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        # A virtual environment that is not activated has its tools beside its Python.
+        tools = [os.environ.get("PATH", ""), str(Path(sys.executable).parent)]
+        merged = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PATH": os.pathsep.join(filter(None, tools)),
+            "PYTHONUNBUFFERED": "1",
+        } | environment  # fmt: skip
+        with open(self.log(stage), "a") as log:
+            log.write(f"$ {' '.join(arguments)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                arguments, cwd=ROOT, env=merged, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                return process.wait(limit)
+            except subprocess.TimeoutExpired:
+                raise StageFailed(f"ran past its {limit:.0f} s") from None
+            finally:
+                _end_group(process)
+
+    def log(self, stage: str) -> Path:
+        return self.work / f"{stage}.log"
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End what the process left running, itself included."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()

@@ -1,0 +1,6 @@
+from tests.checks import OpChecks
+from tests.checks.cases import interpolate as cases
+
+
+class TestInterpolate(OpChecks):
+    case = cases.INTERPOLATE
