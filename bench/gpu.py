@@ -133,7 +133,7 @@ STAGES = (
     Stage("environment", environment, 30, 30),
     Stage("build", build, 120, 60),
     Stage("tests", tests, 150, 90),
-    Stage("benchmarks", benchmarks, 260, 90),
+    Stage("benchmarks", benchmarks, 260, 70),
     Stage("report", write_report, 30, 30),
 )
 

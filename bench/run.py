@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
-# glibc gives large blocks back when they are freed and faults their pages in again at the next call
-# (docs/measuring.md). That is what people have, so it is what is measured; with this memory is kept,
-# as GPU allocators and the malloc libraries used for training keep it, and the kernels alone differ.
+# glibc gives large blocks back when they are freed and faults their pages in again at the next
+# call (docs/measuring.md). That is what people have, so it is what is measured. With this, memory
+# is kept, as GPU allocators and the malloc libraries used for training keep it.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 

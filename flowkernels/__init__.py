@@ -1,7 +1,35 @@
 """Fused kernels, drop-ins and distillation trainers for flow-matching models."""
 
-from flowkernels import ops
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flowkernels import losses, ode, ops, optim
 from flowkernels.ops._library import backend, describe
 
+if TYPE_CHECKING:
+    from flowkernels import distill, nn, train
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "describe", "ops"]
+__all__ = [
+    "__version__",
+    "backend",
+    "describe",
+    "distill",
+    "losses",
+    "nn",
+    "ode",
+    "ops",
+    "optim",
+    "train",
+]
+
+# Rooms that pull in more than the kernels do are imported when they are first entered.
+_LAZY = ("distill", "nn", "train")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"flowkernels.{name}")
+    raise AttributeError(f"module 'flowkernels' has no attribute {name!r}")

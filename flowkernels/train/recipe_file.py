@@ -48,10 +48,10 @@ def from_mapping(kind: type[T], values: Any, prefix: str = "") -> T:
         >>> from flowkernels.train.config import OptimConfig
         >>> from_mapping(OptimConfig, {"lr": "2e-5", "betas": [0, 0.999]}).betas
         (0.0, 0.999)
-        >>> from_mapping(OptimConfig, {"warm_up": 1})
+        >>> from_mapping(OptimConfig, {"lrr": 1})
         Traceback (most recent call last):
         ...
-        flowkernels.train.errors.UsageError: unknown key 'warm_up'; the nearest valid one is 'warmup'
+        flowkernels.train.errors.UsageError: unknown key 'lrr'; the nearest valid one is 'lr'
     """
     if not isinstance(values, dict):
         raise UsageError(f"{prefix or 'the recipe'}: got {values!r}, needs keys and values")

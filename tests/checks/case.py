@@ -19,10 +19,10 @@ Inputs = dict[str, Any]
 
 # Odd, prime and large; more rows than a chunk; sizes of 1 in every place.
 ROW_SHAPES: tuple[Shape, ...] = (
-    (3, 5, 17),
+    (2, 5, 17),
     (1, 1, 1),
     (2, 3, 3),
-    (2, 67, 33),
+    (2, 37, 33),
     (1, 2, 333),
     (1, 3, 2432),
 )
@@ -142,15 +142,22 @@ class Setting(NamedTuple):
 def settings(case: OpCase) -> list[Setting]:
     """All shapes in all dtypes for the default variant; every other variant at the first shape.
 
-    The interpreter runs a program at a time, so there each shape beyond the first sees one dtype.
+    The interpreter runs a program at a time, so there each shape beyond the first sees one dtype
+    and each variant two.
     """
     first, *others = case.shapes
-    found = [Setting(first, each, variant) for variant in case.variants for each in DTYPES]
+    default, *variants = case.variants
+    found = [Setting(first, each, default) for each in DTYPES]
+    found += [
+        Setting(first, each, variant)
+        for variant in variants
+        for each in (("float32", "mixed_all") if _library.INTERPRETED else DTYPES)
+    ]
     for index, shape in enumerate(others):
         names = list(DTYPES)
         if _library.INTERPRETED:
             names = [names[index % 3]]
-        found += [Setting(shape, each, case.variants[0]) for each in names]
+        found += [Setting(shape, each, default) for each in names]
     return found
 
 

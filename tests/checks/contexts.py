@@ -15,7 +15,9 @@ import flowkernels
 from flowkernels.ops import _library
 from tests.checks.case import OpCase, Setting, settings
 
+# Runs on the interpreted Triton kernels too; `briefly`: in the first variants alone, for its slowness.
 interpretable = pytest.mark.interpreter
+interpretable_briefly = pytest.mark.interpreter(variants=3)
 
 
 def _junk_fill() -> ctypes.c_bool:
@@ -97,12 +99,17 @@ class CaseChecks:
             )
         return "triton" if _library.INTERPRETED else "native"
 
+    def variants(self, item: pytest.Item) -> tuple[str, ...]:
+        marker = item.get_closest_marker("interpreter")
+        count = marker.kwargs.get("variants") if marker and _library.INTERPRETED else None
+        return self.case.variants[:count]
+
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         names = metafunc.fixturenames
         if "setting" in names:
             metafunc.parametrize("setting", settings(self.case), ids=str)
         if "variant" in names:
-            metafunc.parametrize("variant", self.case.variants)
+            metafunc.parametrize("variant", self.variants(metafunc.definition))
         if "edge" in names:
             metafunc.parametrize("edge", self.case.edge_shapes, ids=lambda s: "x".join(map(str, s)))
         if "name" in names:

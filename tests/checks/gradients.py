@@ -17,7 +17,7 @@ from tests.checks.compare import (
     truth_of,
     yardstick_of,
 )
-from tests.checks.contexts import CaseChecks, interpretable
+from tests.checks.contexts import CaseChecks, interpretable, interpretable_briefly
 
 
 def _transposed(outputs):
@@ -64,7 +64,7 @@ class GradientChecks(CaseChecks):
         truth = truth_of(self.case, inputs, grads, needs)
         assert_agrees(ours, yardstick_of(self.case, inputs, grads, needs), truth)
 
-    @interpretable
+    @interpretable_briefly
     @pytest.mark.parametrize("form", GRAD_OUTPUTS)
     def test_any_grad_output(self, form: str, variant: str):
         inputs = self.inputs(variant=variant)
@@ -74,7 +74,7 @@ class GradientChecks(CaseChecks):
         truth = truth_of(self.case, inputs, grads)
         assert_agrees(ours, yardstick_of(self.case, inputs, grads), truth)
 
-    @interpretable
+    @interpretable_briefly
     def test_some_outputs_unused(self, variant: str):
         """Backward through one output of several, each in turn."""
         inputs = self.inputs(variant=variant)
@@ -105,7 +105,7 @@ class GradientChecks(CaseChecks):
         }
         return Result([output], zeros)
 
-    @interpretable
+    @interpretable_briefly
     def test_second_backward_with_another_grad_output(self, variant: str):
         """``retain_graph``: what the first backward did leaves no trace in the second."""
         inputs = self.inputs(variant=variant)
@@ -138,7 +138,7 @@ class GradientChecks(CaseChecks):
         )
         return Result([], dict(zip(needs, found, strict=True)))
 
-    @interpretable
+    @interpretable_briefly
     def test_second_order(self, variant: str):
         """Gradients of a function of the gradients (R1, penalties) against double autograd."""
         if not self.case.second_order:

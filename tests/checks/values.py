@@ -17,7 +17,13 @@ from tests.checks.compare import (
     truth_of,
     yardstick_of,
 )
-from tests.checks.contexts import CaseChecks, interpretable, poisoned_memory, threads
+from tests.checks.contexts import (
+    CaseChecks,
+    interpretable,
+    interpretable_briefly,
+    poisoned_memory,
+    threads,
+)
 
 
 class ValueChecks(CaseChecks):
@@ -33,7 +39,7 @@ class ValueChecks(CaseChecks):
         """Outputs and gradients, every dtype and mix of dtypes, odd and large sizes."""
         self.agrees(self.inputs(setting))
 
-    @interpretable
+    @interpretable_briefly
     @pytest.mark.parametrize("dtypes", ["float32", "mixed_bf16_fp32"])
     def test_strided_inputs(self, variant: str, dtypes: str):
         """Chunk views with NaN around them: read in place, and nothing beside them is read."""
@@ -55,13 +61,13 @@ class ValueChecks(CaseChecks):
         }
         self.agrees(shared)
 
-    @interpretable
-    def test_edge_sizes(self, edge):
-        """Sizes of 0 and 1, in each place, in every variant that takes them."""
-        for variant in self.case.variants:
+    @interpretable_briefly
+    def test_edge_sizes(self, edge, request):
+        """Sizes of 0 and 1, in each place, in every variant."""
+        for variant in self.variants(request.node):
             self.agrees(self.inputs(shape=edge, variant=variant))
 
-    @interpretable
+    @interpretable_briefly
     def test_nan_stays_in_its_place(self, variant: str):
         """A NaN in one element reaches exactly the results that the formula says."""
         clean = self.inputs(variant=variant)
@@ -71,7 +77,7 @@ class ValueChecks(CaseChecks):
             inputs[name].view(-1)[inputs[name].numel() // 2] = float("nan")
             self.agrees(inputs)
 
-    @interpretable
+    @interpretable_briefly
     def test_every_element_is_written(self, variant: str):
         """With fresh memory full of NaN the bits are the same."""
         inputs = self.inputs(dtypes="mixed_bf16_fp32", variant=variant)

@@ -1,6 +1,95 @@
+"""euler_step: the checks that every op passes, and `out` and `dt`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flowkernels
+from flowkernels.ode import euler_step
+from flowkernels.ops import _library
 from tests.checks import OpChecks
 from tests.checks.cases import step as cases
+from tests.checks.contexts import interpretable
+
+KERNELS = "triton" if _library.INTERPRETED else "native"
+BACKENDS = pytest.mark.parametrize("backend", [KERNELS, "reference"])
 
 
 class TestEulerStep(OpChecks):
     case = cases.EULER_STEP
+
+
+@pytest.fixture
+def operands():
+    torch.manual_seed(0)
+    return torch.randn(3, 4, 700).unbind(1)  # each a view with a stride of its own
+
+
+@interpretable
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_out_may_be_x_or_a_part_of_a_larger_tensor(backend, dtype, operands):
+    x, v, v_uncond, _ = (operand.to(dtype) for operand in operands)
+    dt = torch.tensor([-0.1, -0.2, -0.3])
+    with flowkernels.backend(backend):
+        expected = euler_step(x, v, dt, v_uncond=v_uncond, guidance=2.0)
+        larger = torch.zeros(3, 2, 700, dtype=dtype)
+        found = euler_step(x, v, dt, v_uncond=v_uncond, guidance=2.0, out=larger[:, 1])
+        assert torch.equal(larger[:, 1], expected)
+        assert torch.equal(larger[:, 0], torch.zeros(3, 700, dtype=dtype))
+        assert found.data_ptr() == larger[:, 1].data_ptr()
+        mine = x.clone()
+        assert euler_step(mine, v, dt, v_uncond=v_uncond, guidance=2.0, out=mine) is mine
+        assert torch.equal(mine, expected)
+
+
+@interpretable
+@BACKENDS
+def test_out_is_allowed_where_gradients_are_switched_off(backend, operands):
+    x, v, _, _ = operands
+    out, v = torch.empty(3, 700), v.clone().requires_grad_()
+    with flowkernels.backend(backend), torch.no_grad():
+        euler_step(x, v, -0.5, out=out)
+    torch.testing.assert_close(out, x - 0.5 * v.detach())
+
+
+@interpretable
+@BACKENDS
+def test_dt_as_number_scalar_or_vector(backend, operands):
+    x, v, _, _ = operands
+    with flowkernels.backend(backend):
+        expected = euler_step(x, v, -0.25)
+        for dt in (
+            torch.tensor(-0.25),
+            torch.tensor(-0.25, dtype=torch.float64),
+            torch.full((3,), -0.25, dtype=torch.bfloat16),
+            torch.tensor(-0.25).expand(3),
+        ):
+            found = euler_step(x, v, dt)
+            assert found.dtype == torch.float32
+            assert torch.equal(found, expected)
+        assert torch.equal(euler_step(x, v, 0), x)
+
+
+@interpretable
+@BACKENDS
+def test_guidance_of_zero_and_one(backend, operands):
+    """0 is the step without conditions, 1 the conditional one; alone, guidance does nothing."""
+    x, v, v_uncond, _ = operands
+    with flowkernels.backend(backend):
+        without = euler_step(x, v, -0.5, v_uncond=v_uncond, guidance=0.0)
+        conditional = euler_step(x, v, -0.5, v_uncond=v_uncond)
+        torch.testing.assert_close(without, euler_step(x, v_uncond, -0.5))
+        torch.testing.assert_close(conditional, euler_step(x, v, -0.5))
+        assert torch.equal(euler_step(x, v, -0.5, guidance=3.0), euler_step(x, v, -0.5))
+
+
+@interpretable
+@BACKENDS
+def test_dt_may_ask_for_a_gradient(backend, operands):
+    x, v, v_uncond, _ = operands
+    dt = torch.tensor([-0.1, -0.2, -0.3], requires_grad=True)
+    with flowkernels.backend(backend):
+        euler_step(x, v, dt, v_uncond=v_uncond, guidance=2.0).sum().backward()
+    torch.testing.assert_close(dt.grad, (2 * v - v_uncond).sum(1), rtol=1e-5, atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,26 @@ def test_gradient_checkpointing_asks_the_networks(tmp_path: Path) -> None:
     finally:
         del ToyNetwork.enable_gradient_checkpointing  # type: ignore[attr-defined]
     assert len(asked) == 3
+
+
+def test_interrupted_run_goes_on_in_the_same_process(tmp_path: Path) -> None:
+    trainer(tmp_path / "whole").run()
+    run = trainer(tmp_path / "stopped")
+    update = run._update
+
+    def interrupt_once(*arguments: Any) -> None:
+        update(*arguments)
+        if run.step == 5:
+            signal.raise_signal(signal.SIGINT)
+            run._update = update  # type: ignore[method-assign]
+
+    run._update = interrupt_once  # type: ignore[method-assign]
+    handler = signal.getsignal(signal.SIGINT)
+    assert run.run() == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert run.run() == "finished"
+    ours, theirs = (tmp_path / f / "weights.safetensors" for f in ("stopped", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

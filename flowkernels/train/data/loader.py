@@ -54,7 +54,7 @@ class Loader:
         self.labels = labels
         self._position = 0
         self._orders: dict[int, tuple[Tensor, Tensor]] = {}
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._pool: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
 
     def next_batch(self) -> dict[str, Tensor]:
@@ -65,6 +65,8 @@ class Loader:
         else:
             batch = self._make(position)
         self._position = position + self.batch_size
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead = (self._position, self._pool.submit(self._make, self._position))
         on_cuda = self.device.type == "cuda"
         return {key: value.to(self.device, non_blocking=on_cuda) for key, value in batch.items()}
@@ -93,8 +95,10 @@ class Loader:
         self._position = state["epoch"] * state["size"] + state["index"]
 
     def close(self) -> None:
-        """Stop the thread that works ahead."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Stop the thread that works ahead; the next batch starts another."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = self._ahead = None
 
     def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Permutation and mirror flags of one epoch."""

@@ -1,0 +1,263 @@
+"""Compiles Triton kernels ahead of time, with no GPU: ``python -m tests.checks.aot [names]``.
+
+Each case's public function runs forward and backward on meta tensors while launches are
+intercepted, so the kernels, signatures, specialisations and options seen are those that the JIT
+would find. Each distinct one is compiled for sm_80, sm_90 and sm_100; registers, spills and shared
+memory come from the log of Triton's own ptxas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from flowkernels.ops import _library
+from tests.checks.case import DTYPES, OpCase, Shape, all_cases, map_tensors
+from tests.checks.compare import evaluate
+
+ARCHITECTURES = (80, 90, 100)
+# Bytes of shared memory that one block may have.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# float32 and bfloat16 models, and activations in bfloat16 under float32 modulation.
+SWEEP_DTYPES = ("bfloat16", "float32", "mixed_bf16_fp32")
+
+
+class Job(NamedTuple):
+    """One kernel as the JIT would compile it; picklable, and equal where the kernel is the same."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[tuple[int, ...], Any], ...]
+    attributes: tuple[tuple[tuple[int, ...], tuple[tuple[str, int], ...]], ...]
+    options: tuple[tuple[str, Any], ...]
+    arch: int
+
+    def __str__(self) -> str:
+        types = " ".join(kind for _, kind in self.signature if kind.startswith("*"))
+        shape = " ".join(f"{name}={value}" for name, value in self.options)
+        return f"{self.kernel} sm_{self.arch} [{types}] {shape}"
+
+
+class Report(NamedTuple):
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    async_copies: int
+    widest_load: int
+
+    def problems(self, job: Job) -> list[str]:
+        found = []
+        if self.spill_stores or self.spill_loads:
+            found.append(f"spills {self.spill_stores} B out, {self.spill_loads} B in")
+        if self.shared > SHARED_LIMIT[job.arch]:
+            found.append(f"{self.shared} B of shared memory, limit {SHARED_LIMIT[job.arch]}")
+        return [f"{job}: {each}" for each in found]
+
+
+@contextlib.contextmanager
+def _launchers_on_meta() -> Iterator[None]:
+    """Public functions choose Triton on the meta device, and operators call their launchers."""
+    choose, call = _library.choose, _library.Operator.__call__
+    _library.choose = lambda *args: "triton"  # type: ignore[assignment]
+    _library.Operator.__call__ = (  # type: ignore[method-assign]
+        lambda self, backend, *args: self.launch(*args) if self._triton else self.default(*args)
+    )
+    try:
+        yield
+    finally:
+        _library.choose, _library.Operator.__call__ = choose, call  # type: ignore[method-assign]
+
+
+def _unaligned(x: torch.Tensor) -> torch.Tensor:
+    """The same shape at an address and with strides that 16 does not divide."""
+    *leading, columns = x.shape
+    return x.new_empty([*leading, columns + 1])[..., 1:]
+
+
+def launches(
+    case: OpCase, shape: Shape, dtypes: str, variant: str, aligned: bool
+) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(kernel, arguments, options) of everything that forward and backward would launch."""
+    from flowkernels.ops import _triton
+
+    seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    inputs = case.inputs(shape, dtypes, variant, device="meta")
+    inputs = inputs if aligned else map_tensors(inputs, _unaligned)
+
+    def grads(outputs: Any) -> list[torch.Tensor]:
+        made = [torch.empty_like(out, memory_format=torch.contiguous_format) for out in outputs]
+        return made if aligned else [_unaligned(g) if g.dim() else g for g in made]
+
+    with (
+        _launchers_on_meta(),
+        _triton.intercepted(lambda kernel, grid, args, options: seen.append((kernel, args, options))),
+    ):
+        needs = case.needs(inputs)
+        evaluate(case, case.function, inputs, needs, grads)
+        with torch.no_grad():
+            evaluate(case, case.function, inputs, (), grads)
+    return seen
+
+
+def job_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: int) -> Job:
+    """What the JIT would compile for these arguments: types, divisibility by 16, constants."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = binder(*args, **options)
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, dict(options), bound, specialization, options
+    )
+    names = [parameter.name for parameter in kernel.params]
+    return Job(
+        kernel.fn.__module__,
+        kernel.fn.__name__,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple((key, tuple(map(tuple, value))) for key, value in attributes.items()),
+        tuple((k, v) for k, v in options.items() if k not in names),
+        arch,
+    )
+
+
+def jobs(
+    cases: Iterable[OpCase],
+    architectures: Iterable[int] = ARCHITECTURES,
+    *,
+    small: bool = False,
+) -> list[Job]:
+    """The distinct kernels of the cases.
+
+    The sweep takes every benchmark shape, variant and dtype, aligned and not. ``small`` takes what
+    the default variant launches: each benchmark shape in one dtype, the first in all of them, and
+    an unaligned view of it.
+    """
+    found: dict[Job, None] = {}
+    for case in cases:
+        shapes = case.benchmark_shapes
+        if small:
+            default = case.variants[0]
+            plan = [(shapes[0], each, default, True) for each in SWEEP_DTYPES]
+            plan += [(shape, "bfloat16", default, True) for shape in shapes[1:]]
+            plan += [(shapes[0], "bfloat16", default, False)]
+        else:
+            plan = [
+                (shape, dtypes, variant, aligned)
+                for shape in shapes
+                for dtypes in DTYPES
+                for variant in case.variants
+                for aligned in (True, False)
+            ]
+        for entry in plan:
+            for kernel, args, options in launches(case, *entry):
+                for arch in architectures:
+                    found[job_of(kernel, args, options, arch)] = None
+    return list(found)
+
+
+def compile_job(job: Job) -> Report:
+    """Compile, or take the report of an earlier compilation of the same source."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(job.signature),
+        constexprs=dict(job.constants),
+        attrs={key: [list(item) for item in value] for key, value in job.attributes},
+    )
+    identity = f"{triton.__version__} {source.hash()} {job.options} {job.arch} 1"
+    cached = _cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Report(*json.loads(cached.read_text()))
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options)
+        )
+    report = _read(log.getvalue(), compiled.asm["ptx"], compiled.metadata.shared)
+    with contextlib.suppress(OSError):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(list(report)))
+        temporary.replace(cached)
+    return report
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "flowkernels" / "aot"
+
+
+def _read(log: str, ptx: str, shared: int) -> Report:
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.findall(r"Used (\d+) registers", log)
+    assert spills and registers, f"ptxas said nothing to read: {log[:300]!r}"
+    vectors = re.findall(r"ld\.global(?:\.\w+)*?\.v(\d)\.b(\d+)", ptx)
+    scalars = re.findall(r"ld\.global(?:\.(?!v\d)\w+)*?\.b(\d+)", ptx)
+    bits = [int(n) * int(b) for n, b in vectors] + [int(b) for b in scalars]
+    return Report(
+        max(map(int, registers)),
+        sum(int(out) for out, _ in spills),
+        sum(int(back) for _, back in spills),
+        shared,
+        len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
+        max(bits, default=0),
+    )
+
+
+def compile_all(wanted: list[Job], workers: int | None = None) -> dict[Job, Report]:
+    """All reports; two processes, or as many as there are cores."""
+    count = workers or max(2, os.cpu_count() or 2)
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        return dict(zip(wanted, pool.map(compile_job, wanted, chunksize=1), strict=True))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.checks.aot", description=__doc__)
+    parser.add_argument("names", nargs="*", help="public functions; all where none is named")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
+    parser.add_argument("--small", action="store_true", help="the set that `make test` compiles")
+    parser.add_argument("--workers", type=int)
+    options = parser.parse_args(arguments)
+    cases = [case for case in all_cases() if not options.names or case.name in options.names]
+    if not cases:
+        parser.error(f"no op of that name; there are {', '.join(c.name for c in all_cases())}")
+    wanted = jobs(cases, options.arch or ARCHITECTURES, small=options.small)
+    print(f"{len(wanted)} kernels to compile", flush=True)
+    reports = compile_all(wanted, options.workers)
+    for job, report in reports.items():
+        print(
+            f"{report.registers:4d} registers {report.shared:6d} B shared "
+            f"{report.widest_load:4d}-bit loads {report.async_copies:3d} async copies  {job}"
+        )
+    problems = [each for job, report in reports.items() for each in report.problems(job)]
+    print("\n".join(problems) or f"{len(reports)} kernels: no spills, shared memory within limits")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
