@@ -10,9 +10,14 @@ namespace {
 constexpr float kSqrtTwoOverPi = 0.7978845608f;
 constexpr float kCubic = 0.044715f;
 
-FK_INLINE float gelu_gate(float u) {
-  return vector_sigmoid(2.f * kSqrtTwoOverPi * (u + kCubic * u * u * u));
+FK_INLINE float gelu_argument(float u) {  // 2 z
+  return 2.f * kSqrtTwoOverPi * (u + kCubic * u * u * u);
 }
+
+FK_INLINE float gelu_gate(float u) { return vector_sigmoid(gelu_argument(u)); }
+
+// Keeps s e, with s = 1 / (1 + e), from being 0 times infinity. NaN stays NaN.
+FK_INLINE float clamped(float e) { return e > 1e30f ? 1e30f : e; }
 
 // Row `index` of [batch, rows, columns].
 struct Position {
@@ -48,6 +53,7 @@ FK_CLONES void gelu_tanh_forward(const Activation& a, int64_t begin, int64_t end
 }
 
 // With s = sigmoid(2 z): d/du (u s) = s + u s (1 - s) 2 z', z' = sqrt(2/pi) (1 + 3 c u^2).
+// 1 - s is s e^(-2z), since the difference loses every digit where s is near 1.
 FK_CLONES void gelu_tanh_backward(const Activation& a, int64_t begin, int64_t end) {
   const int64_t n = a.columns, total = a.batch * a.rows;
   Scratch scratch(4, n);
@@ -64,9 +70,10 @@ FK_CLONES void gelu_tanh_backward(const Activation& a, int64_t begin, int64_t en
       float* dx = target ? target_row(target, a.out.dtype, scratch[3]) : scratch[3];
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        const float s = gelu_gate(u[i]);
+        const float e = clamped(vector_exp(-gelu_argument(u[i])));
+        const float s = 1.f / (1.f + e);
         const float slope = 2.f * kSqrtTwoOverPi * (1.f + 3.f * kCubic * u[i] * u[i]);
-        dx[i] = g[i] * (s + u[i] * s * (1.f - s) * slope);
+        dx[i] = g[i] * (s + u[i] * s * (s * e) * slope);
       }
       if (partial) {
 #pragma omp simd
@@ -91,7 +98,7 @@ FK_CLONES void swiglu_forward(const Activation& a, int64_t begin, int64_t end) {
   }
 }
 
-// With s = sigmoid(a): d(a s b)/da = b s (1 + a (1 - s)), d/db = a s.
+// With s = sigmoid(a): d(a s b)/da = b s (1 + a (1 - s)), d/db = a s; 1 - s is s e^(-a).
 FK_CLONES void swiglu_backward(const Activation& a, int64_t begin, int64_t end) {
   const int64_t n = a.columns;
   Scratch scratch(3, 2 * n);
@@ -103,8 +110,9 @@ FK_CLONES void swiglu_backward(const Activation& a, int64_t begin, int64_t end) 
     float* dx = target_row(target, a.out.dtype, scratch[2]);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const float s = vector_sigmoid(x[i]);
-      dx[i] = g[i] * x[n + i] * s * (1.f + x[i] * (1.f - s));
+      const float e = clamped(vector_exp(-x[i]));
+      const float s = 1.f / (1.f + e);
+      dx[i] = g[i] * x[n + i] * s * (1.f + x[i] * (s * e));
       dx[n + i] = g[i] * x[i] * s;
     }
     store_row(dx, target, a.out.dtype, 2 * n);

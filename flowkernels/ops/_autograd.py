@@ -53,7 +53,9 @@ def apply(function: type[FusedFunction], *args: Any) -> Any:
     """
     if not torch.compiler.is_compiling():
         _refuse_transforms(args)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        ):
             return function.forward(_NoGraph(), *args)
     return function.apply(*args)
 

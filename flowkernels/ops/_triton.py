@@ -66,9 +66,9 @@ def split_row(columns: int) -> tuple[int, int]:
     return first, triton.next_power_of_2(rest) if rest > 0 else 0
 
 
-def warps_for(elements: int, per_thread: int = 8, most: int = 16) -> int:
-    """Warps that give each thread ``per_thread`` elements: 16 bytes of bfloat16 are one load."""
-    return max(1, min(most, triton.next_power_of_2(elements) // (32 * per_thread)))
+def warps_for(elements: int, itemsize: int, most: int = 16) -> int:
+    """Warps that leave each thread one load of 16 bytes for each tensor."""
+    return max(1, min(most, triton.next_power_of_2(elements) * itemsize // (32 * 16)))
 
 
 def row_strides(operand: Tensor | None) -> tuple[int, int]:

@@ -164,6 +164,9 @@ def test_evaluate_writes_table_json_and_picture(tmp_path: Path) -> None:
         assert word in text
     result = json.loads((output / "results.json").read_text())
     assert result["rows"][3]["name"] == "student"
+    # 40 samples against 359 digits, from halves of 179 and 180.
+    expected = real.frechet * (1 / 40 + 1 / 359) / (1 / 179 + 1 / 180)
+    assert result["frechet_floor"] == pytest.approx(expected, rel=1e-12)
     picture = Image.open(output / "samples.png")
     # Three rows of twenty 8x8 images, one pixel apart, six times enlarged.
     assert picture.size == ((20 * 9 - 1) * 6, (3 * 9 - 1) * 6)
@@ -205,3 +208,19 @@ def test_tile_places_and_clips(tmp_path: Path) -> None:
     assert canvas[3, 3].tolist() == [128, 128, 128]  # no fourth image: the ground
     save_grid(tmp_path / "a" / "grid.png", images, 2)
     assert Image.open(tmp_path / "a" / "grid.png").size == (5 * 24, 5 * 24)
+
+
+def test_frechet_bias_is_proportional_to_the_inverse_counts() -> None:
+    """What the evaluation's floor relies on: same law, finite sets."""
+    random = np.random.default_rng(3)
+
+    def mean_distance(n: int, m: int) -> float:
+        draws = [
+            frechet_distance(random.normal(size=(n, 16)), random.normal(size=(m, 16)))
+            for _ in range(20)
+        ]
+        return float(np.mean(draws))
+
+    halves, whole = mean_distance(900, 900), mean_distance(2000, 1800)
+    # First order in 1/n, and the mean of twenty draws: a tenth is three standard errors.
+    assert whole / halves == pytest.approx((1 / 2000 + 1 / 1800) / (2 / 900), rel=0.1)

@@ -55,7 +55,9 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
     backend = _library.choose("gelu_tanh", x.device, kernels_read(x, bias) and _collapses(x))
     if backend == "reference":
         return reference.gelu_tanh(x, bias)
-    return apply(GeluTanh, backend, _collapse(x), bias).view(x.shape)
+    if x.dim() <= 3:
+        return apply(GeluTanh, backend, x, bias)
+    return apply(GeluTanh, backend, x.flatten(0, -2), bias).view(x.shape)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -85,16 +87,14 @@ def swiglu(x: Tensor) -> Tensor:
     backend = _library.choose("swiglu", x.device, kernels_read(x) and _collapses(x))
     if backend == "reference":
         return reference.swiglu(x)
-    return apply(SwiGLU, backend, _collapse(x)).view((*x.shape[:-1], x.shape[-1] // 2))
+    if x.dim() <= 3:
+        return apply(SwiGLU, backend, x)
+    return apply(SwiGLU, backend, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def _collapses(x: Tensor) -> bool:
     """Whether the kernels, which take up to three dimensions, can read x in place."""
     return x.shape[-1] > 0 and (x.dim() <= 3 or x.is_contiguous())
-
-
-def _collapse(x: Tensor) -> Tensor:
-    return x if x.dim() <= 3 else x.flatten(0, -2)
 
 
 class GeluTanh(FusedFunction):

@@ -87,7 +87,7 @@ def flow_matching_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def total_kernel(partial, out, count, BLOCK: tl.constexpr):
+def sum_partials_kernel(partial, out, count, BLOCK: tl.constexpr):
     """out[program] = sum of partial[program], [count], in a fixed order."""
     program = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -219,7 +219,7 @@ def _zero(pointer, sample, elements, COLUMNS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
-def fgm_total_kernel(
+def fgm_sum_partials_kernel(
     partial, loss, skipped, omega, t, grad_u, grad_v, grad_x0, grad_noise, grad_u_uncond,
     scale, batch, elements, chunks, t_stride,
     NONE: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,

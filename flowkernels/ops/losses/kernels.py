@@ -65,7 +65,7 @@ def flow_matching_forward(v, x0, noise, weight, reduction, wanted):
     if tiles.programs:
         samples = tiles.batch if reduction == NONE else 1
         launch(
-            kernels.total_kernel,
+            kernels.sum_partials_kernel,
             (samples,),
             *(partial, loss, tiles.batch * tiles.chunks // samples),
             BLOCK=1024,
@@ -135,7 +135,7 @@ def fgm_forward(u, v, x0, noise, u_uncond, t, weight, lam, guidance, sid, reduct
         **options,
     )
     launch(
-        kernels.fgm_total_kernel,
+        kernels.fgm_sum_partials_kernel,
         (1 + tiles.batch,),
         *(partial, loss, skipped, omega, t, *placed),
         *(scale * tiles.elements, *shape, *_strides(t)),

@@ -128,7 +128,7 @@ def norm_statistics_kernel(
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
 ):  # fmt: skip
-    """mean and rstd of h for a row too wide for registers: read twice, the second time from cache."""
+    """mean and rstd of h for a row too wide for registers: read twice, then from cache."""
     index = tl.program_id(0).to(tl.int64)
     b, s = index // rows, index % rows
     x_at = _at(x, x_batch, x_row, b, s)
@@ -315,7 +315,9 @@ def norm_backward_kernel(
     zeros = tl.zeros((SECOND if SECOND > 0 else 1,), tl.float32)
     gate_sum_second, sums_second = zeros, (zeros, zeros, zeros)
     first_row = (chunk % chunks) * ROWS
-    for s in range(first_row, tl.minimum(first_row + ROWS, rows)):
+    # Counted in 32 bits: with 64 ptxas spills an address or two.
+    for step in range(0, tl.minimum(rows - first_row, ROWS).to(tl.int32)):
+        s = first_row + step
         index = b * rows + s
         t_first = tl.zeros((FIRST,), tl.float32)
         t_second = zeros

@@ -66,7 +66,7 @@ def _forward(
         "RMS": rms,
         "FIRST": first,
         "SECOND": second,
-        "num_warps": warps_for(first, most=32),
+        "num_warps": warps_for(first, x.element_size(), most=32),
     }
     mean = None if rms else mean
     wide = tiles > 1 and y is not None
@@ -141,7 +141,12 @@ def _backward(
     per_chunk = _rows_per_chunk(batch, rows)
     chunks = triton.cdiv(rows, per_chunk)
     mean = None if rms else mean
-    options = {"RMS": rms, "FIRST": first, "SECOND": second, "num_warps": warps_for(first)}
+    options = {
+        "RMS": rms,
+        "FIRST": first,
+        "SECOND": second,
+        "num_warps": warps_for(first, some.element_size()),
+    }
     normed = (
         grad_y, *row_strides(grad_y), h, *row_strides(h), scale, *row_strides(scale), weight,
         mean, rstd,
