@@ -25,9 +25,9 @@ void interpolate(const Interpolate& a, int64_t begin, int64_t end);
 
 struct InterpolateBackward {
   int64_t batch, elements;
-  View grad;               // of x_t
-  View grad_x0;            // (1 - t) grad; empty where not wanted
-  View grad_noise;         // t grad; likewise
+  View grad;        // of x_t
+  View grad_x0;     // (1 - t) grad; empty where not wanted
+  View grad_noise;  // t grad; likewise
   PerSample t;
 };
 

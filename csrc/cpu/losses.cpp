@@ -5,6 +5,13 @@
 namespace flowkernels {
 namespace {
 
+// Elements a loop takes at a time. Measured for fgm with three float32 gradients of 16 MB: blocks
+// of 256 take 4.5 ms, of 1024 8.5 ms (each loop is alone with its one stream of stores while a
+// whole page lasts), one loop over all operands 5.1 ms (and a third longer in cache), and
+// streaming stores 6.2 ms.
+constexpr int64_t kStep = 256;
+static_assert(kStep <= kBlock && kChunk % kStep == 0);
+
 struct Item {
   int64_t sample, first, last;
 };
@@ -25,7 +32,7 @@ FK_INLINE double sample_sum(const double* partial, int64_t sample, int64_t chunk
 // With r = v - noise + x0 and c = 2 · scale · weight · grad_output:
 //   grad_v = grad_x0 = c r          grad_noise = -c r
 FK_CLONES void flow_matching(const FlowMatching& a, int64_t begin, int64_t end) {
-  Scratch scratch(4, kBlock);
+  Scratch scratch(4, kStep);
   const View outputs[3] = {a.grad_v, a.grad_x0, a.grad_noise};
   for (int64_t index = begin; index < end; ++index) {
     const Item item = item_at(a.extent, index);
@@ -34,15 +41,15 @@ FK_CLONES void flow_matching(const FlowMatching& a, int64_t begin, int64_t end) 
     const float factor = 2.f * static_cast<float>(loss_scale(a.extent)) *
                          value_of(a.weight, item.sample) * grad_output;
     double total = 0.0;
-    for (int64_t first = item.first; first < item.last; first += kBlock) {
-      const int64_t n = std::min(kBlock, item.last - first);
+    for (int64_t first = item.first; first < item.last; first += kStep) {
+      const int64_t n = std::min(kStep, item.last - first);
       const float* v = load(a.v, item.sample, first, scratch[0], n);
       const float* x0 = load(a.x0, item.sample, first, scratch[1], n);
       const float* noise = load(a.noise, item.sample, first, scratch[2], n);
       // grad_v is built where it belongs if it can be; the others are copied from it.
-      float* r = a.grad_v ? target_row(element(a.grad_v, item.sample, first), a.grad_v.dtype,
-                                       scratch[3])
-                          : scratch[3];
+      float* r = a.grad_v
+                     ? target_row(element(a.grad_v, item.sample, first), a.grad_v.dtype, scratch[3])
+                     : scratch[3];
       float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < n; ++i) {
@@ -129,12 +136,12 @@ FK_INLINE void zero(const View& gradient, int64_t sample, int64_t first, int64_t
 }  // namespace
 
 FK_CLONES void fgm_size(const FGM& a, int64_t begin, int64_t end) {
-  Scratch scratch(4, kBlock);
+  Scratch scratch(4, kStep);
   for (int64_t index = begin; index < end; ++index) {
     const Item item = item_at(a.extent, index);
     double total = 0.0;
-    for (int64_t first = item.first; first < item.last; first += kBlock) {
-      const int64_t n = std::min(kBlock, item.last - first);
+    for (int64_t first = item.first; first < item.last; first += kStep) {
+      const int64_t n = std::min(kStep, item.last - first);
       const float* u = guided(a, item.sample, first, scratch[0], scratch[1], n);
       const float* x0 = load(a.x0, item.sample, first, scratch[2], n);
       const float* noise = load(a.noise, item.sample, first, scratch[3], n);
@@ -152,10 +159,10 @@ void fgm_omega(const FGM& a, int64_t begin, int64_t end) {
     const float weight = value_of(a.weight, sample);
     a.omega[sample] = weight;
     if (!a.sid) continue;
-    const double size = sample_sum(a.size, sample, a.extent.chunks) /
-                        static_cast<double>(a.extent.elements);
-    a.omega[sample] = weight * static_cast<float>(value_of(a.t, sample) /
-                                                  (2.0 * std::max(size, 1e-5)));
+    const double size =
+        sample_sum(a.size, sample, a.extent.chunks) / static_cast<double>(a.extent.elements);
+    a.omega[sample] =
+        weight * static_cast<float>(value_of(a.t, sample) / (2.0 * std::max(size, 1e-5)));
   }
 }
 
@@ -163,7 +170,7 @@ void fgm_omega(const FGM& a, int64_t begin, int64_t end) {
 //   ∂u = ω (2λ d + 2 e), ∂u_cond = guidance ∂u, ∂u_uncond = (1 - guidance) ∂u
 //   ∂v = ω (2(1-λ) d - 2 e)      ∂x0 = 2ω d      ∂noise = -2ω d
 FK_CLONES void fgm(const FGM& a, int64_t begin, int64_t end) {
-  Scratch scratch(6, kBlock);
+  Scratch scratch(6, kStep);
   for (int64_t index = begin; index < end; ++index) {
     const Item item = item_at(a.extent, index);
     const float lam = a.lam, omega = a.omega[item.sample];
@@ -183,8 +190,8 @@ FK_CLONES void fgm(const FGM& a, int64_t begin, int64_t end) {
       continue;
     }
     double total = 0.0;
-    for (int64_t first = item.first; first < item.last; first += kBlock) {
-      const int64_t n = std::min(kBlock, item.last - first);
+    for (int64_t first = item.first; first < item.last; first += kStep) {
+      const int64_t n = std::min(kStep, item.last - first);
       const float* u = guided(a, item.sample, first, scratch[0], scratch[1], n);
       const float* v = load(a.v, item.sample, first, scratch[1], n);
       const float* x0 = load(a.x0, item.sample, first, scratch[2], n);
@@ -213,8 +220,8 @@ int32_t fgm_total(const FGM& a, float* loss) {
   double total = 0.0;
   int32_t skipped = 0;
   for (int64_t sample = 0; sample < a.extent.batch; ++sample) {
-    const double weighted = static_cast<double>(a.omega[sample]) *
-                            sample_sum(a.partial, sample, a.extent.chunks);
+    const double weighted =
+        static_cast<double>(a.omega[sample]) * sample_sum(a.partial, sample, a.extent.chunks);
     const auto mean = static_cast<float>(weighted / static_cast<double>(a.extent.elements));
     double value = scale * weighted;
     if (!std::isfinite(mean) || !std::isfinite(value_of(a.t, sample))) {

@@ -33,8 +33,8 @@ struct FlowMatching {
   View v, x0, noise;
   View grad_v, grad_x0, grad_noise;  // outputs; empty where not wanted
   PerSample weight, grad_output;
-  bool rescale;                      // leave alone what grad_output = 1 gave already
-  double* partial;                   // [batch, chunks]
+  bool rescale;     // leave alone what grad_output = 1 gave already
+  double* partial;  // [batch, chunks]
 };
 
 // Reads v, x0, noise once and writes the gradients once.

@@ -5,7 +5,7 @@
 
 namespace flowkernels {
 
-// Elements that a kernel holds in L1 as float32 at a time, a few operands of them.
+// Elements that a kernel holds in L1 as float32 at a time at most, a few operands of them.
 constexpr int64_t kBlock = 1024;
 // Elements whose sum is one partial sum: fixed, so that results do not depend on threads.
 constexpr int64_t kChunk = 8 * kBlock;

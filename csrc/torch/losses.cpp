@@ -112,8 +112,8 @@ FGM describe(const Tensor& u, const Tensor& v, const Tensor& x0, const Tensor& n
 }
 
 template <class Outputs>
-void take_gradients(FGM& a, const Tensor& u, const Tensor& v, const Tensor& x0,
-                    const Tensor& noise, const OptionalTensor& u_uncond, Outputs& outputs) {
+void take_gradients(FGM& a, const Tensor& u, const Tensor& v, const Tensor& x0, const Tensor& noise,
+                    const OptionalTensor& u_uncond, Outputs& outputs) {
   a.grad_u = outputs.next(u.scalar_type());
   a.grad_v = outputs.next(v.scalar_type());
   a.grad_x0 = outputs.next(x0.scalar_type());
@@ -134,15 +134,14 @@ void run_forward(FGM& a) {
     });
     return;
   }
-  if (a.sid)
-    parallel(items, grain, [&](int64_t begin, int64_t end) { fgm_size(a, begin, end); });
+  if (a.sid) parallel(items, grain, [&](int64_t begin, int64_t end) { fgm_size(a, begin, end); });
   fgm_omega(a, 0, a.extent.batch);
   parallel(items, grain, [&](int64_t begin, int64_t end) { fgm(a, begin, end); });
 }
 
 // (loss, number of samples left out, ω, gradients...)
-std::vector<Tensor> fgm_forward(const Tensor u, const Tensor v, const Tensor x0,
-                                const Tensor noise, const OptionalTensor u_uncond, const Tensor t,
+std::vector<Tensor> fgm_forward(const Tensor u, const Tensor v, const Tensor x0, const Tensor noise,
+                                const OptionalTensor u_uncond, const Tensor t,
                                 const OptionalTensor weight, double lam, double guidance, bool sid,
                                 int64_t reduction, int64_t wanted) {
   FGM a = describe(u, v, x0, noise, u_uncond, lam, guidance, reduction);
@@ -159,8 +158,7 @@ std::vector<Tensor> fgm_forward(const Tensor u, const Tensor v, const Tensor x0,
   run_forward(a);
   Tensor loss = empty_loss(a.extent, u);
   Tensor skipped = empty({}, ScalarType::Int, u);
-  *static_cast<int32_t*>(skipped.data_ptr()) =
-      fgm_total(a, reinterpret_cast<float*>(data(loss)));
+  *static_cast<int32_t*>(skipped.data_ptr()) = fgm_total(a, reinterpret_cast<float*>(data(loss)));
   return listed({loss, skipped, omega}, outputs.results);
 }
 
@@ -176,9 +174,9 @@ void run_backward(FGM& a, const Tensor& omega, const Tensor& like) {
 }
 
 std::vector<Tensor> fgm_backward(const Tensor grad_output, const Tensor u, const Tensor v,
-                                 const Tensor x0, const Tensor noise,
-                                 const OptionalTensor u_uncond, const Tensor omega, double lam,
-                                 double guidance, int64_t reduction, int64_t wanted) {
+                                 const Tensor x0, const Tensor noise, const OptionalTensor u_uncond,
+                                 const Tensor omega, double lam, double guidance, int64_t reduction,
+                                 int64_t wanted) {
   FGM a = describe(u, v, x0, noise, u_uncond, lam, guidance, reduction);
   a.grad_output = per_sample(grad_output, "grad_output", u, 1.f);
   WantedOutputs outputs(u, wanted);
@@ -188,9 +186,9 @@ std::vector<Tensor> fgm_backward(const Tensor grad_output, const Tensor u, const
 }
 
 void fgm_rescale(const std::vector<Tensor> gradients, const Tensor grad_output, const Tensor u,
-                 const Tensor v, const Tensor x0, const Tensor noise,
-                 const OptionalTensor u_uncond, const Tensor omega, double lam, double guidance,
-                 int64_t reduction, int64_t wanted) {
+                 const Tensor v, const Tensor x0, const Tensor noise, const OptionalTensor u_uncond,
+                 const Tensor omega, double lam, double guidance, int64_t reduction,
+                 int64_t wanted) {
   FGM a = describe(u, v, x0, noise, u_uncond, lam, guidance, reduction);
   a.grad_output = per_sample(grad_output, "grad_output", u, 1.f);
   if (is_one(a.grad_output)) return;

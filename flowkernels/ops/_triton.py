@@ -141,8 +141,8 @@ class Partials:
 _COUNTS = [f"{name}_{i}" for i in range(4) for name in ("items", "terms", "step", "stride")]
 
 
-@triton.jit(do_not_specialize=[*_COUNTS, "columns"])
-def _reduce_partials_kernel(
+@triton.jit(do_not_specialize=_COUNTS)
+def _reduce_partials_kernel(  # type: ignore[no-untyped-def]
     partial_0, out_0, items_0, terms_0, step_0, stride_0,
     partial_1, out_1, items_1, terms_1, step_1, stride_1,
     partial_2, out_2, items_2, terms_2, step_2, stride_2,
@@ -170,7 +170,7 @@ def _reduce_partials_kernel(
 
 
 @triton.jit
-def _reduce(
+def _reduce(  # type: ignore[no-untyped-def]
     partial, out, items, terms, step, stride, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     item = tl.program_id(0).to(tl.int64)

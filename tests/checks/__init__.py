@@ -19,7 +19,7 @@ How a family uses it, in two files.
            reference=_truth,                          # called as reference(**inputs)
            make_inputs=_inputs,
            differentiable=("x", "bias"),              # the arguments that may ask for a gradient
-           variants=("plain", "bias"),                # what make_inputs understands; first = default
+           variants=("plain", "bias"),                # what make_inputs takes; first = default
            bad_inputs={"bias shape": bad(ValueError, "bias: got shape", bias=torch.ones(2))},
        )
        CASES = (GELU_TANH,)

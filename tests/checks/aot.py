@@ -106,7 +106,9 @@ def launches(
 
     with (
         _launchers_on_meta(),
-        _triton.intercepted(lambda kernel, grid, args, options: seen.append((kernel, args, options))),
+        _triton.intercepted(
+            lambda kernel, grid, args, options: seen.append((kernel, args, options))
+        ),
     ):
         needs = case.needs(inputs)
         evaluate(case, case.function, inputs, needs, grads)
@@ -217,7 +219,7 @@ def _cache_folder() -> Path:
 def _read(log: str, ptx: str, shared: int) -> Report:
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.findall(r"Used (\d+) registers", log)
-    assert spills and registers, f"ptxas said nothing to read: {log[:300]!r}"
+    assert spills, f"ptxas said nothing to read: {log[:300]!r}"
     vectors = re.findall(r"ld\.global(?:\.\w+)*?\.v(\d)\.b(\d+)", ptx)
     scalars = re.findall(r"ld\.global(?:\.(?!v\d)\w+)*?\.b(\d+)", ptx)
     bits = [int(n) * int(b) for n, b in vectors] + [int(b) for b in scalars]

@@ -26,12 +26,12 @@ ROW_SHAPES: tuple[Shape, ...] = (
     (1, 2, 333),
     (1, 3, 2432),
 )
-# SD3-medium, SD3.5-large and FLUX.1-dev, 512 px; DiT-XL; a model too wide for one round of registers.
+# SD3-medium, SD3.5-large, FLUX.1-dev at 512 px; FLUX.2; rows too wide for the registers.
 ROW_BENCHMARK_SHAPES: tuple[Shape, ...] = (
     (4, 1024, 1536),
     (4, 1024, 2432),
     (4, 1024, 3072),
-    (4, 256, 1152),
+    (1, 256, 6144),
     (2, 64, 16384),
 )
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -45,7 +45,7 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 
 
 class Bad(NamedTuple):
-    """A call that must fail: the arguments to change, the error's type and a pattern of its text."""
+    """A call that must fail: the error's type, a pattern of its text, the arguments to change."""
 
     error: type[Exception]
     match: str
@@ -53,7 +53,7 @@ class Bad(NamedTuple):
 
 
 def bad(error: type[Exception], match: str, **change: Any) -> Bad:
-    """``change`` holds replacements by argument; a callable gets the good inputs and returns one."""
+    """``change``: replacements by argument; a callable gets the good inputs and returns one."""
     return Bad(error, match, change)
 
 
@@ -119,9 +119,7 @@ class OpCase:
         )
         wanted = itertools.cycle(cycle)
         return {
-            name: value.to(next(wanted))
-            if is_float(value) and name not in self.fixed
-            else value
+            name: value.to(next(wanted)) if is_float(value) and name not in self.fixed else value
             for name, value in made.items()
         }
 

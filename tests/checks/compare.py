@@ -140,6 +140,6 @@ def assert_same_bits(first: Result, second: Result) -> None:
     one, other = first.named(), second.named()
     assert one.keys() == other.keys()
     for name, value in one.items():
-        assert torch.equal(value.reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)), (
-            f"{name}: bits differ"
-        )
+        assert torch.equal(
+            value.reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)
+        ), f"{name}: bits differ"

@@ -15,7 +15,7 @@ import flowkernels
 from flowkernels.ops import _library
 from tests.checks.case import OpCase, Setting, settings
 
-# Runs on the interpreted Triton kernels too; `briefly`: in the first variants alone, for its slowness.
+# Runs on the interpreted Triton kernels too; `briefly`: there in the first variants alone.
 interpretable = pytest.mark.interpreter
 interpretable_briefly = pytest.mark.interpreter(variants=3)
 

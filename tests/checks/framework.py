@@ -66,14 +66,16 @@ class FrameworkChecks(CaseChecks):
         assert self.graphs() == 1
 
     def test_torch_func_names_the_way_out(self):
-        """torch.func and forward mode: an error that names the reference backend, where it works."""
+        """torch.func, forward mode: an error that names the reference backend, where they work."""
         inputs = self.inputs()
         name = self.case.differentiable[0]
 
         def total(operand):
             if self.case.resets is not None:
                 self.case.resets(inputs)
-            return sum(out.sum() for out in flatten(self.case.function(**{**inputs, name: operand})))
+            return sum(
+                out.sum() for out in flatten(self.case.function(**{**inputs, name: operand}))
+            )
 
         with pytest.raises(RuntimeError, match=r'backend\("reference"\)'):
             torch.func.grad(total)(inputs[name])
@@ -109,7 +111,9 @@ class FrameworkChecks(CaseChecks):
     def test_names_the_argument_that_is_no_float_tensor(self, name: str):
         variants = self.case.variants
         inputs = next(
-            made for made in (self.inputs(variant=v) for v in variants) if made.get(name) is not None
+            made
+            for made in (self.inputs(variant=v) for v in variants)
+            if made.get(name) is not None
         )
         for wrong, got in (([1.0, 2.0], "list"), (inputs[name].to(torch.int64), "int64")):
             with pytest.raises(TypeError, match=rf"^{name}: got .*{got}.*need") as caught:

@@ -29,7 +29,9 @@ def _transposed(outputs):
 
 def _expanded(outputs):
     """What ``sum()`` hands to backward: one number with strides of 0."""
-    return [torch.full((), 0.7, dtype=out.dtype, device=out.device).expand(out.shape) for out in outputs]
+    return [
+        torch.full((), 0.7, dtype=out.dtype, device=out.device).expand(out.shape) for out in outputs
+    ]
 
 
 def _strided(outputs):
@@ -68,9 +70,7 @@ class GradientChecks(CaseChecks):
     @pytest.mark.parametrize("form", GRAD_OUTPUTS)
     def test_any_grad_output(self, form: str, variant: str):
         inputs = self.inputs(variant=variant)
-        ours, grads = evaluate(
-            self.case, self.case.function, inputs, make_grads=GRAD_OUTPUTS[form]
-        )
+        ours, grads = evaluate(self.case, self.case.function, inputs, make_grads=GRAD_OUTPUTS[form])
         truth = truth_of(self.case, inputs, grads)
         assert_agrees(ours, yardstick_of(self.case, inputs, grads), truth)
 
@@ -177,7 +177,11 @@ class GradientChecks(CaseChecks):
         def function(*operands):
             if self.case.resets is not None:
                 self.case.resets(doubled)
-            return tuple(flatten(self.case.function(**{**doubled, **dict(zip(needs, operands, strict=True))})))
+            return tuple(
+                flatten(
+                    self.case.function(**{**doubled, **dict(zip(needs, operands, strict=True))})
+                )
+            )
 
         operands = [doubled[each].requires_grad_() for each in needs]
         with flowkernels.backend("reference"):

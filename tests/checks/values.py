@@ -90,11 +90,10 @@ class ValueChecks(CaseChecks):
     @interpretable
     @pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
     def test_repeats_bitwise(self, dtypes: str):
-        for shape in self.case.shapes[:4]:
+        for shape in self.case.shapes[: 2 if _library.INTERPRETED else None]:
             inputs = self.inputs(shape=shape, dtypes=dtypes)
             first, _ = evaluate(self.case, self.case.function, inputs)
-            for _ in range(2):
-                assert_same_bits(first, evaluate(self.case, self.case.function, inputs)[0])
+            assert_same_bits(first, evaluate(self.case, self.case.function, inputs)[0])
 
     def test_thread_count_does_not_change_a_bit(self, variant: str):
         shapes = (self.case.shapes[0], max(self.case.shapes, key=lambda s: torch.Size(s).numel()))

@@ -30,7 +30,9 @@ def test_every_function_with_a_triton_kernel_has_a_case(wanted):
 
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_no_spills_and_shared_memory_fits(reports, arch: int):
-    problems = [p for job, report in reports.items() if job.arch == arch for p in report.problems(job)]
+    problems = [
+        p for job, report in reports.items() if job.arch == arch for p in report.problems(job)
+    ]
     assert not problems, "\n".join(problems)
 
 

@@ -125,6 +125,20 @@ def test_second_backward_leaves_the_first_gradients_alone(backend, loss_of, dtyp
 @interpretable
 @BACKENDS
 @LOSSES
+def test_backward_for_some_of_the_leaves(backend, loss_of, operands):
+    """``torch.autograd.grad`` for one leaf of those that ask, then for another."""
+    leaves = [x.clone().requires_grad_() for x in operands]
+    with flowkernels.backend(backend):
+        _, *expected = gradients(loss_of, operands)
+        loss = loss_of(*leaves)
+        for leaf, gradient in reversed(list(zip(leaves, expected, strict=True))):
+            (found,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            torch.testing.assert_close(found, gradient)
+
+
+@interpretable
+@BACKENDS
+@LOSSES
 def test_gradients_accumulate_into_grad(backend, loss_of, operands):
     """Two losses back-propagated one after the other, scaled: ``.grad`` is the sum."""
     leaves = [x.clone().requires_grad_() for x in operands]

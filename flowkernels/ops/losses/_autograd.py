@@ -31,14 +31,14 @@ from flowkernels.ops.losses import reference
 Tensor = torch.Tensor
 
 
-def stored(operands: Sequence[Tensor | None], needed: Sequence[bool]) -> int:
-    """The gradients that the forward pass computes, as the bits of ``wanted``."""
+def stores(operands: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:
+    """Whether the forward pass computes the gradients that are asked for."""
     if torch.compiler.is_compiling():
-        return 0
+        return False
     for operand, need in zip(operands, needed, strict=True):
         if need and operand is not None and operand.dtype == torch.float16:
-            return 0
-    return mask_of(needed)
+            return False
+    return True
 
 
 def taken(ctx: Any) -> list[Tensor]:
@@ -63,18 +63,25 @@ class FlowMatching(FusedFunction):
         weight: Tensor | None,
         reduction: int,
     ) -> Tensor:
-        wanted = stored((v, x0, noise), ctx.needs_input_grad[1:4])
+        needed = ctx.needs_input_grad[1:4]
+        wanted = mask_of(needed)
         loss, *gradients = operators.flow_matching_forward(
-            backend, v, x0, noise, weight, reduction, wanted
+            backend,
+            v,
+            x0,
+            noise,
+            weight,
+            reduction,
+            wanted if stores((v, x0, noise), needed) else 0,
         )
         ctx.save_for_backward(v, x0, noise, weight)
-        ctx.backend, ctx.reduction, ctx.gradients = backend, reduction, gradients
+        ctx.backend, ctx.reduction = backend, reduction
+        ctx.gradients, ctx.needed, ctx.wanted = gradients, needed, wanted
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         v, x0, noise, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
             found = reference_gradients(
                 lambda v, x0, noise: reference.flow_matching(
@@ -82,17 +89,16 @@ class FlowMatching(FusedFunction):
                 ),
                 (v, x0, noise),
                 (grad_loss,),
-                needed,
+                ctx.needed,
             )
             return (None, *found, None, None)
-        wanted = mask_of(needed)
-        arguments = (grad_loss, v, x0, noise, weight, ctx.reduction, wanted)
+        arguments = (grad_loss, v, x0, noise, weight, ctx.reduction, ctx.wanted)
         gradients = taken(ctx)
         if gradients:
             operators.flow_matching_rescale_(ctx.backend, gradients, *arguments)
         else:
             gradients = operators.flow_matching_backward(ctx.backend, *arguments)
-        return (None, *scatter(gradients, needed), None, None)
+        return (None, *scatter(gradients, ctx.needed), None, None)
 
 
 class FGM(FusedFunction):
@@ -114,23 +120,35 @@ class FGM(FusedFunction):
         sid: bool,
         reduction: int,
     ) -> tuple[Tensor, Tensor]:
-        wanted = stored((u, v, x0, noise, u_uncond), ctx.needs_input_grad[1:6])
+        operands = (u, v, x0, noise, u_uncond)
+        needed = ctx.needs_input_grad[1:6]
+        wanted = mask_of(needed)
         loss, skipped, omega, *gradients = operators.fgm_forward(
-            backend, u, v, x0, noise, u_uncond, t, weight, lam, guidance, sid, reduction, wanted
+            backend,
+            *operands,
+            t,
+            weight,
+            lam,
+            guidance,
+            sid,
+            reduction,
+            wanted if stores(operands, needed) else 0,
         )
-        ctx.save_for_backward(u, v, x0, noise, u_uncond, t, weight, omega)
-        ctx.backend, ctx.gradients = backend, gradients
-        ctx.settings = (lam, guidance, sid, reduction)
+        ctx.save_for_backward(*operands, t, weight, omega)
+        ctx.backend, ctx.settings = backend, (lam, guidance, sid, reduction)
+        ctx.gradients, ctx.needed, ctx.wanted = gradients, needed, wanted
         ctx.mark_non_differentiable(skipped)
+        ctx.set_materialize_grads(False)  # else backward is handed zeros for `skipped`
         return loss, skipped
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> Any:
+        none = (None,) * 6
+        if grad_loss is None:
+            return (None, *(None,) * 5, *none)
         u, v, x0, noise, u_uncond, t, weight, omega = ctx.saved_tensors
         operands = (u, v, x0, noise, u_uncond)
-        needed = ctx.needs_input_grad[1:6]
         lam, guidance, sid, reduction = ctx.settings
-        none = (None,) * 6
         if torch.is_grad_enabled():
             settings = (lam, guidance, sid, REDUCTIONS[reduction])
             found = reference_gradients(
@@ -139,14 +157,13 @@ class FGM(FusedFunction):
                 )[0],
                 operands,
                 (grad_loss,),
-                needed,
+                ctx.needed,
             )
             return (None, *found, *none)
-        wanted = mask_of(needed)
-        arguments = (grad_loss, *operands, omega, lam, guidance, reduction, wanted)
+        arguments = (grad_loss, *operands, omega, lam, guidance, reduction, ctx.wanted)
         gradients = taken(ctx)
         if gradients:
             operators.fgm_rescale_(ctx.backend, gradients, *arguments)
         else:
             gradients = operators.fgm_backward(ctx.backend, *arguments)
-        return (None, *scatter(gradients, needed), *none)
+        return (None, *scatter(gradients, ctx.needed), *none)

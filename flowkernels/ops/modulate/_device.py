@@ -7,6 +7,9 @@ A row is read as two power-of-two parts (``SECOND`` is 0 where the first covers 
 written as functions of one part. An absent operand is None. Strides of 0 broadcast.
 """
 
+# mypy: ignore-errors
+# Triton kernels are another language in Python's clothes.
+
 from __future__ import annotations
 
 import triton
