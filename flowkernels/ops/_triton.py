@@ -81,6 +81,11 @@ def row_strides(operand: Tensor | None) -> tuple[int, int]:
     return batch, row
 
 
+def per_row(operand: Tensor | None) -> bool:
+    """Whether an operand [D], [B, D] or [B, S, D] has a row of its own for each row of a sample."""
+    return operand is not None and operand.dim() == 3 and operand.shape[1] != 1
+
+
 class Partials:
     """The second stage of a deterministic reduction: gradients that are sums of partial rows.
 
@@ -95,21 +100,17 @@ class Partials:
         self._like = like
         self._pending: list[tuple[Tensor, Tensor, int, int, int, int]] = []
 
-    def per_row(self, operand: Tensor | None) -> bool:
-        """Whether ``operand`` has a row of its own for each row of a sample."""
-        return operand is not None and operand.dim() == 3 and operand.shape[1] != 1
-
     def sink(self, gradient: Tensor | None) -> Tensor | None:
         """Where the first stage writes for ``gradient``: itself, or the partial rows of its sum."""
         if gradient is None:
             return None
-        per_row = self.per_row(gradient)
+        keeps_rows = per_row(gradient)
         keeps_batch = gradient.dim() >= 2 and gradient.shape[0] == self._batch
-        if per_row and keeps_batch:
+        if keeps_rows and keeps_batch:
             return gradient
-        chunks = self._rows if per_row else self._chunks
+        chunks = self._rows if keeps_rows else self._chunks
         partial = self._like.new_empty((self._batch, chunks, self._columns), dtype=torch.float32)
-        if per_row:  # [1, S, D]: a sum over the batch
+        if keeps_rows:  # [1, S, D]: a sum over the batch
             geometry = (chunks, self._batch, 1, chunks)
         elif keeps_batch:
             geometry = (self._batch, chunks, chunks, 1)

@@ -233,11 +233,11 @@ def _read(log: str, ptx: str, shared: int) -> Report:
     )
 
 
-def compile_all(wanted: list[Job], workers: int | None = None) -> dict[Job, Report]:
-    """All reports; two processes, or as many as there are cores."""
+def compile_all(wanted: list[Job], workers: int | None = None) -> Iterator[tuple[Job, Report]]:
+    """Each job and its report, as they come; two processes, or as many as there are cores."""
     count = workers or max(2, os.cpu_count() or 2)
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        return dict(zip(wanted, pool.map(compile_job, wanted, chunksize=1), strict=True))
+        yield from zip(wanted, pool.map(compile_job, wanted, chunksize=1), strict=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -252,14 +252,15 @@ def main(arguments: list[str]) -> int:
         parser.error(f"no op of that name; there are {', '.join(c.name for c in all_cases())}")
     wanted = jobs(cases, options.arch or ARCHITECTURES, small=options.small)
     print(f"{len(wanted)} kernels to compile", flush=True)
-    reports = compile_all(wanted, options.workers)
-    for job, report in reports.items():
+    problems: list[str] = []
+    for job, report in compile_all(wanted, options.workers):
         print(
             f"{report.registers:4d} registers {report.shared:6d} B shared "
-            f"{report.widest_load:4d}-bit loads {report.async_copies:3d} async copies  {job}"
+            f"{report.widest_load:4d}-bit loads {report.async_copies:3d} async copies  {job}",
+            flush=True,
         )
-    problems = [each for job, report in reports.items() for each in report.problems(job)]
-    print("\n".join(problems) or f"{len(reports)} kernels: no spills, shared memory within limits")
+        problems += report.problems(job)
+    print("\n".join(problems) or f"{len(wanted)} kernels: no spills, shared memory within limits")
     return 1 if problems else 0
 
 

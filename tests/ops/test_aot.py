@@ -20,7 +20,7 @@ def wanted() -> dict[str, list[aot.Job]]:
 @pytest.fixture(scope="module")
 def reports(wanted) -> dict[aot.Job, aot.Report]:
     distinct = dict.fromkeys(job for jobs in wanted.values() for job in jobs)
-    return aot.compile_all(list(distinct))
+    return dict(aot.compile_all(list(distinct)))
 
 
 def test_every_function_with_a_triton_kernel_has_a_case(wanted):

@@ -1,7 +1,7 @@
 """Launchers of the modulate family's Triton kernels.
 
-A row of up to ``REGISTERS`` elements is held whole by one program, as two power-of-two parts. A
-wider row is cut into tiles of one part; its sums are then taken by a kernel of their own, before.
+A row that fits the registers is held whole by one program, as two power-of-two parts. A wider one
+is cut into tiles of one part; its sums are then taken by a kernel of their own, before.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from flowkernels.ops._triton import Partials, launch, row_strides, split_row, warps_for
+from flowkernels.ops._triton import Partials, launch, per_row, row_strides, split_row, warps_for
 from flowkernels.ops.modulate._device import (
     norm_backward_kernel,
     norm_backward_sums_kernel,
@@ -21,17 +21,35 @@ from flowkernels.ops.modulate.reference import promoted
 
 Tensor = torch.Tensor
 
-# The widest row that one program holds without spilling, forward and backward.
-FORWARD_REGISTERS = 16384
-BACKWARD_REGISTERS = 6144
+# The widest row that one program holds without spilling, by ptxas for sm_80, sm_90 and sm_100:
+# forward; backward; backward where dtypes are mixed or scale has a row for each row of x.
+FORWARD_WIDEST = 16384
+BACKWARD_WIDEST = 6144
+BACKWARD_WIDEST_MIXED = 4096
 WIDE_TILE = 2048
 
 
-def _parts(columns: int, registers: int) -> tuple[int, int, int]:
+def _parts(columns: int, widest: int) -> tuple[int, int, int]:
     """(first part, second part, tiles) of a row."""
-    if columns <= registers:
+    if columns <= widest:
         return *split_row(columns), 1
     return WIDE_TILE, 0, triton.cdiv(columns, WIDE_TILE)
+
+
+def _backward_options(
+    columns: int, rms: bool, scale: Tensor | None, *operands: Tensor | None
+) -> tuple[dict[str, int | bool], int]:
+    """(what the backward kernels are compiled with, tiles)."""
+    present = [operand for operand in (scale, *operands) if operand is not None]
+    mixed = len({operand.dtype for operand in present}) > 1
+    widest = BACKWARD_WIDEST_MIXED if mixed or per_row(scale) else BACKWARD_WIDEST
+    first, second, tiles = _parts(columns, widest)
+    warps = warps_for(first, present[-1].element_size())
+    options = {"RMS": rms, "FIRST": first, "SECOND": second, "num_warps": warps}
+    if warps == 16:
+        # All registers there are. Left to itself ptxas may aim at half of them, and spill.
+        options["maxnreg"] = 128
+    return options, tiles
 
 
 def _rows_per_chunk(batch: int, rows: int) -> int:
@@ -60,7 +78,7 @@ def _forward(
     eps: float,
 ) -> None:
     batch, rows, columns = x.shape
-    first, second, tiles = _parts(columns, FORWARD_REGISTERS)
+    first, second, tiles = _parts(columns, FORWARD_WIDEST)
     inputs = (x, *row_strides(x), branch, *row_strides(branch), gate, *row_strides(gate))
     options = {
         "RMS": rms,
@@ -137,16 +155,10 @@ def _backward(
     some = branch if h is None else h
     assert some is not None
     batch, rows, columns = some.shape
-    first, second, tiles = _parts(columns, BACKWARD_REGISTERS)
+    options, tiles = _backward_options(columns, rms, scale, grad_y, grad_h, gate, branch, h)
     per_chunk = _rows_per_chunk(batch, rows)
     chunks = triton.cdiv(rows, per_chunk)
     mean = None if rms else mean
-    options = {
-        "RMS": rms,
-        "FIRST": first,
-        "SECOND": second,
-        "num_warps": warps_for(first, some.element_size()),
-    }
     normed = (
         grad_y, *row_strides(grad_y), h, *row_strides(h), scale, *row_strides(scale), weight,
         mean, rstd,
@@ -167,9 +179,9 @@ def _backward(
         *(partials.sink(gradients.get(name)) for name in names),
         batch * rows, rows, columns, chunks,
         ROWS=per_chunk,
-        SCALE_PER_ROW=partials.per_row(scale),
-        GATE_SINK_PER_ROW=partials.per_row(gate),
-        SHIFT_SINK_PER_ROW=partials.per_row(gradients.get("shift")),
+        SCALE_PER_ROW=per_row(scale),
+        GATE_SINK_PER_ROW=per_row(gate),
+        SHIFT_SINK_PER_ROW=per_row(gradients.get("shift")),
         **options,
     )  # fmt: skip
     partials.reduce()
