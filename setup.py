@@ -44,13 +44,13 @@ def find_torch() -> Path:
 
 
 def cuda_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST ('8.0;9.0a+PTX') in CMake's spelling ('80-real;90a-real;90a-virtual')."""
+    """TORCH_CUDA_ARCH_LIST ('8.0;9.0a+PTX') as CMake spells it ('80-real;90a-real;90a-virtual')."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
     out: list[str] = []
     for item in filter(None, wanted.split(";")):
         number = item.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"\d{2,3}[af]?", number):
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: cannot read {item!r} (want e.g. 9.0a or 8.0+PTX)")
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: got {item!r}, need e.g. 9.0a or 8.0+PTX")
         out.append(f"{number}-real")
         if item.endswith("+PTX"):
             out.append(f"{number}-virtual")

@@ -203,7 +203,9 @@ class ModulatedNorm(FusedFunction):
         inputs = (x, shift, scale, weight, bias)
         if torch.is_grad_enabled():
             found = reference_gradients(
-                lambda *operands: reference.modulated_norm(*operands, ctx.rms, ctx.eps),
+                lambda x, shift, scale, weight, bias: reference.modulated_norm(
+                    x, shift, scale, weight, bias, ctx.rms, ctx.eps
+                ),
                 inputs,
                 (grad_y,),
                 needed,
@@ -276,12 +278,15 @@ class GatedResidualNorm(FusedFunction):
             found = [None] * 5
         elif torch.is_grad_enabled():
             found = reference_gradients(
-                lambda *operands: reference.gated_residual_norm(*operands, ctx.rms, ctx.eps),
+                lambda residual, x, gate, shift, scale: reference.gated_residual_norm(
+                    residual, x, gate, shift, scale, ctx.rms, ctx.eps
+                ),
                 inputs,
                 (grad_h, grad_y),
                 needed,
             )
         elif grad_y is None:
+            assert grad_h is not None
             partial = [*needed[:3], False, False]
             found = scatter(
                 operators.gated_residual_backward(
