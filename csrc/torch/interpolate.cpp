@@ -30,7 +30,7 @@ Interpolate describe(const Tensor& x0, const Tensor& t, const Tensor& x_t) {
 }
 
 Tensor interpolate_forward(const Tensor x0, const Tensor t, const Tensor noise) {
-  Tensor x_t = empty_result(x0, promote(x0.scalar_type(), noise.scalar_type()));
+  Tensor x_t = empty_like(x0, promote(x0.scalar_type(), noise.scalar_type()));
   Interpolate a = describe(x0, t, x_t);
   a.noise = samples_view(noise, "noise", x0);
   run(a);
@@ -41,9 +41,9 @@ std::tuple<Tensor, Tensor> interpolate_seeded(const Tensor x0, const Tensor t,
                                               const OptionalTensor seed, int64_t seed_value,
                                               const OptionalTensor offset, int64_t offset_value,
                                               bool return_noise) {
-  Tensor x_t = empty_result(x0, x0.scalar_type());
+  Tensor x_t = empty_like(x0, x0.scalar_type());
   Tensor noise =
-      return_noise ? empty_result(x0, x0.scalar_type()) : empty({0}, x0.scalar_type(), x0);
+      return_noise ? empty_like(x0, x0.scalar_type()) : empty({0}, x0.scalar_type(), x0);
   Interpolate a = describe(x0, t, x_t);
   if (return_noise) a.noise = samples_view(noise, "noise", x0);
   a.noise_dtype = a.x0.dtype;

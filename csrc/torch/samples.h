@@ -2,7 +2,6 @@
 // them.
 #pragma once
 
-#include "../cpu/pages.h"
 #include "../cpu/samples.h"
 #include "common.h"
 
@@ -14,13 +13,6 @@ inline int64_t elements_of(const Tensor& x) {
   int64_t elements = 1;
   for (int64_t i = 1; i < x.dim(); ++i) elements *= x.size(i);
   return elements;
-}
-
-// A contiguous result of the shape of `like`.
-inline Tensor empty_result(const Tensor& like, ScalarType dtype) {
-  Tensor result = empty_like(like, dtype);
-  prefer_huge_pages(result.data_ptr(), result.numel() * (dtype == ScalarType::Float ? 4 : 2));
-  return result;
 }
 
 // `tensor` as [batch, elements]: of the size of `like`, each sample contiguous.
@@ -68,7 +60,7 @@ class WantedOutputs {
   View next(ScalarType dtype) {
     const bool wants = wanted_ >> bit_++ & 1;
     if (!wants) return View{};
-    results.push_back(empty_result(like_, dtype));
+    results.push_back(empty_like(like_, dtype));
     return samples_view(results.back(), "gradient", like_);
   }
 

@@ -23,7 +23,7 @@ void run(const Tensor& x, const Tensor& v, const OptionalTensor& v_uncond, const
 
 Tensor euler_step_forward(const Tensor x, const Tensor v, const OptionalTensor v_uncond,
                           const OptionalTensor dt, double dt_value, double guidance) {
-  Tensor out = empty_result(x, promote(promote(x.scalar_type(), v.scalar_type()), v_uncond));
+  Tensor out = empty_like(x, promote(promote(x.scalar_type(), v.scalar_type()), v_uncond));
   run(x, v, v_uncond, dt, dt_value, guidance, out);
   return out;
 }

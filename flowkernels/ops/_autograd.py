@@ -117,5 +117,8 @@ def scatter(found: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | No
 
 
 def readable(grad: Tensor) -> Tensor:
-    """A gradient that the kernels can read in place (``sum()`` hands out one of stride 0)."""
-    return grad if kernels_read(grad) else grad.contiguous()
+    """A gradient that the kernels can read in place (``sum()`` hands out one of stride 0).
+
+    Cloned, not made ``contiguous()``: that leaves an empty gradient's strides as they are.
+    """
+    return grad if kernels_read(grad) else grad.clone(memory_format=torch.contiguous_format)
