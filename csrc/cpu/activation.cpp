@@ -17,7 +17,7 @@ FK_INLINE float gelu_argument(float u) {  // 2 z
 FK_INLINE float gelu_gate(float u) { return vector_sigmoid(gelu_argument(u)); }
 
 // Keeps s e, with s = 1 / (1 + e), from being 0 times infinity. NaN stays NaN.
-FK_INLINE float clamped(float e) { return e > 1e30f ? 1e30f : e; }
+FK_INLINE float finite(float e) { return e > 1e30f ? 1e30f : e; }
 
 // Row `index` of [batch, rows, columns].
 struct Position {
@@ -70,10 +70,12 @@ FK_CLONES void gelu_tanh_backward(const Activation& a, int64_t begin, int64_t en
       float* dx = target ? target_row(target, a.out.dtype, scratch[3]) : scratch[3];
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        const float e = clamped(vector_exp(-gelu_argument(u[i])));
+        // Beyond 20 the derivative is 0 or 1 to every digit, and the cubic would overflow.
+        const float x = u[i] < -20.f ? -20.f : (u[i] > 20.f ? 20.f : u[i]);
+        const float e = vector_exp(-gelu_argument(x));
         const float s = 1.f / (1.f + e);
-        const float slope = 2.f * kSqrtTwoOverPi * (1.f + 3.f * kCubic * u[i] * u[i]);
-        dx[i] = g[i] * (s + u[i] * s * (s * e) * slope);
+        const float slope = 2.f * kSqrtTwoOverPi * (1.f + 3.f * kCubic * x * x);
+        dx[i] = g[i] * (s + x * s * (s * finite(e)) * slope);
       }
       if (partial) {
 #pragma omp simd
@@ -110,9 +112,9 @@ FK_CLONES void swiglu_backward(const Activation& a, int64_t begin, int64_t end) 
     float* dx = target_row(target, a.out.dtype, scratch[2]);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const float e = clamped(vector_exp(-x[i]));
+      const float e = vector_exp(-x[i]);
       const float s = 1.f / (1.f + e);
-      dx[i] = g[i] * x[n + i] * s * (1.f + x[i] * (s * e));
+      dx[i] = g[i] * x[n + i] * s * (1.f + x[i] * (s * finite(e)));
       dx[n + i] = g[i] * x[i] * s;
     }
     store_row(dx, target, a.out.dtype, 2 * n);

@@ -99,11 +99,9 @@ FK_CLONES void norm_forward(const NormForward& a, int64_t begin, int64_t end) {
     const float* h = a.branch ? gated_row(a, b, s, scratch[3], scratch[4], scratch[5], scratch[6])
                               : operand_row(a.input, b, s, scratch[3], n);
     if (!a.y) continue;
-    const float mean =
-        a.rms ? 0.f : sum(n, [=](int64_t i) FK_INLINE_LAMBDA { return h[i]; }) / n;
-    const float variance = sum(n, [=](int64_t i) FK_INLINE_LAMBDA {
-                             return (h[i] - mean) * (h[i] - mean);
-                           }) / n;
+    const float mean = a.rms ? 0.f : sum(n, [=](int64_t i) FK_INLINE_LAMBDA { return h[i]; }) / n;
+    const float variance =
+        sum(n, [=](int64_t i) FK_INLINE_LAMBDA { return (h[i] - mean) * (h[i] - mean); }) / n;
     const float rstd = 1.f / std::sqrt(variance + a.eps);
     if (a.mean) a.mean[index] = mean;
     a.rstd[index] = rstd;
@@ -116,8 +114,8 @@ FK_CLONES void norm_forward(const NormForward& a, int64_t begin, int64_t end) {
 }
 
 // With g = grad_y, m = weight * (1 + scale), xhat = (h - mean) * rstd:
-//   grad_h_total = grad_h + rstd * (g m - mean(g m) - xhat * mean(g m xhat))    (no mean(g m) in RMS)
-//   grad_shift = sum g                  grad_scale = sum g * (xhat * weight + bias)
+//   grad_h_total = grad_h + rstd * (g m - mean(g m) - xhat * mean(g m xhat))    (no mean(g m) in
+//   RMS) grad_shift = sum g                  grad_scale = sum g * (xhat * weight + bias)
 //   grad_weight = sum g (1 + scale) xhat           grad_bias = sum g (1 + scale)
 //   gated: grad_residual = grad_h_total, grad_branch = gate * grad_h_total,
 //          grad_gate = sum branch * grad_h_total
@@ -151,7 +149,8 @@ struct RowSums {
 };
 
 // One sweep over g and h: the row's sums, and its share of grad_shift and grad_scale. The common
-// case, both wanted and no norm weights, is one loop; whatever else is asked takes loops of its own.
+// case, both wanted and no norm weights, is one loop; whatever else is asked takes loops of its
+// own.
 FK_INLINE RowSums sweep(const NormBackward& a, const BackwardScratch& t, const float* g,
                         const float* h, float mean, float rstd, int64_t chunk) {
   const int64_t n = a.extent.columns;
@@ -270,8 +269,8 @@ FK_CLONES void norm_backward(const NormBackward& a, int64_t begin, int64_t end) 
     const int64_t b = chunk / per_batch;
     const int64_t first_row = chunk % per_batch * a.rows_per_chunk;
     const int64_t last_row = std::min(first_row + a.rows_per_chunk, a.extent.rows);
-    for (float* partial : {a.partial_gate, a.partial_shift, a.partial_scale, a.partial_weight,
-                           a.partial_bias})
+    for (float* partial :
+         {a.partial_gate, a.partial_shift, a.partial_scale, a.partial_weight, a.partial_bias})
       if (partial) fill(partial + chunk * n, 0.f, n);
     for (int64_t s = first_row; s < last_row; ++s) backward_row(a, t, affine, b, s, chunk);
   }
@@ -282,7 +281,8 @@ FK_CLONES void reduce_partials(const ReducePartials& a, int64_t begin, int64_t e
   const int64_t out_chunks = a.keep_chunks ? a.chunks : 1;
   Scratch scratch(1, n);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t b0 = a.keep_batch ? item / out_chunks : 0, c0 = a.keep_chunks ? item % out_chunks : 0;
+    const int64_t b0 = a.keep_batch ? item / out_chunks : 0,
+                  c0 = a.keep_chunks ? item % out_chunks : 0;
     const int64_t b1 = a.keep_batch ? b0 + 1 : a.batch, c1 = a.keep_chunks ? c0 + 1 : a.chunks;
     char* target = a.out + item * n * element_size(a.out_dtype);
     float* out = target_row(target, a.out_dtype, scratch[0]);

@@ -18,14 +18,14 @@ struct Extent {
 
 struct NormForward {
   Extent extent;
-  View input;     // x, or the residual where gated
-  View branch;    // gated: x of the formula above; else empty
-  View gate;      // gated only
-  View h;         // gated only: output
+  View input;                       // x, or the residual where gated
+  View branch;                      // gated: x of the formula above; else empty
+  View gate;                        // gated only
+  View h;                           // gated only: output
   View shift, scale, weight, bias;  // each may be empty
-  View y;         // output; empty for gated_residual without a norm
-  float* mean;    // [batch, rows]; null for RMSNorm
-  float* rstd;    // [batch, rows]
+  View y;                           // output; empty for gated_residual without a norm
+  float* mean;                      // [batch, rows]; null for RMSNorm
+  float* rstd;                      // [batch, rows]
   bool rms;
   float eps;
 };
@@ -35,15 +35,15 @@ void norm_forward(const NormForward& a, int64_t begin, int64_t end);
 
 struct NormBackward {
   Extent extent;
-  View grad_y;    // empty: gated residual without a norm
-  View grad_h;    // gated only; may be empty
-  View h;         // the normalised input (x where not gated)
-  View branch, gate;                // gated only
+  View grad_y;        // empty: gated residual without a norm
+  View grad_h;        // gated only; may be empty
+  View h;             // the normalised input (x where not gated)
+  View branch, gate;  // gated only
   View scale, weight, bias;
   const float* mean;
   const float* rstd;
   bool rms;
-  View grad_input;                  // outputs; empty where not wanted
+  View grad_input;  // outputs; empty where not wanted
   View grad_branch;
   // Partial sums [chunks, columns] in float32, one row for each chunk of rows; null if not wanted.
   float* partial_gate;

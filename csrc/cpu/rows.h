@@ -77,8 +77,7 @@ FK_INLINE uint16_t float_to_float16(float value) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   // Adding 0.5 aligns the mantissa of a subnormal result at the bottom of the word.
   const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t normal =
-      (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t half =
       magnitude >= 0x47800000u ? special : (magnitude < 0x38800000u ? subnormal : normal);

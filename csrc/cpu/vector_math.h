@@ -9,7 +9,7 @@ namespace flowkernels {
 // x = k ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7 (error 6e-9).
 FK_INLINE float vector_exp(float x) {
   x = x < -87.f ? -87.f : x;
-  x = x > 89.f ? 89.f : x;  // k = 128, whose scale below is infinity
+  x = x > 89.f ? 89.f : x;                     // k = 128, whose scale below is infinity
   constexpr float kRoundingBias = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = x * 1.44269504f + kRoundingBias;
   const float k = shifted - kRoundingBias;

@@ -26,10 +26,13 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Host-only native routines of flowkernels.";
   m.def("instruction_set", &best_instruction_set,
         "The instruction set whose clone of the CPU kernels this machine runs.");
-  m.def("build_info", [] {
-    pybind11::dict info;
-    info["compiler"] = __VERSION__;
-    info["cxx_standard"] = static_cast<long>(__cplusplus);
-    return info;
-  }, "Compiler and language standard of the native build.");
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["compiler"] = __VERSION__;
+        info["cxx_standard"] = static_cast<long>(__cplusplus);
+        return info;
+      },
+      "Compiler and language standard of the native build.");
 }

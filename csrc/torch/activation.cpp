@@ -66,8 +66,14 @@ std::vector<Tensor> gelu_tanh_backward_cpu(const Tensor grad, const Tensor x,
            [&](int64_t begin, int64_t end) { gelu_tanh_backward(a, begin, end); });
   if (partial) {
     results.push_back(empty_like(*bias, bias->scalar_type()));
-    const ReducePartials reduce{a.partial_bias, 1, chunks, a.columns, false, false,
-                                data(results.back()), dtype_of(results.back(), "grad_bias")};
+    const ReducePartials reduce{a.partial_bias,
+                                1,
+                                chunks,
+                                a.columns,
+                                false,
+                                false,
+                                data(results.back()),
+                                dtype_of(results.back(), "grad_bias")};
     reduce_partials(reduce, 0, 1);
   }
   return results;

@@ -23,10 +23,15 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    default: STD_TORCH_CHECK(false, name, ": need float32, bfloat16 or float16"); return {};
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, name, ": need float32, bfloat16 or float16");
+      return {};
   }
 }
 
@@ -50,11 +55,12 @@ inline Tensor empty(const int64_t* size, int64_t dim, ScalarType dtype, const Te
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, stride.data(), type,
-                                                         device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, size, stride.data(), type, device_type, device_index, &handle));
   Tensor result(handle);
   if (device_type == aoti_torch_device_type_cpu())
-    prefer_huge_pages(result.data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
+    prefer_huge_pages(result.data_ptr(),
+                      result.numel() * static_cast<int64_t>(result.element_size()));
   return result;
 }
 
@@ -97,7 +103,8 @@ template <class F>
 void parallel(int64_t items, int64_t elements_per_item, const F& f) {
   if (items == 0) return;
   constexpr int64_t kElementsPerTask = 16384;
-  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_item));
+  const int64_t grain =
+      std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_item));
   if (items <= grain) return f(int64_t{0}, items);  // the caller's own thread: no barrier
   torch::stable::parallel_for(0, items, grain, f);
 }

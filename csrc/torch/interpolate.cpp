@@ -42,8 +42,7 @@ std::tuple<Tensor, Tensor> interpolate_seeded(const Tensor x0, const Tensor t,
                                               const OptionalTensor offset, int64_t offset_value,
                                               bool return_noise) {
   Tensor x_t = empty_like(x0, x0.scalar_type());
-  Tensor noise =
-      return_noise ? empty_like(x0, x0.scalar_type()) : empty({0}, x0.scalar_type(), x0);
+  Tensor noise = return_noise ? empty_like(x0, x0.scalar_type()) : empty({0}, x0.scalar_type(), x0);
   Interpolate a = describe(x0, t, x_t);
   if (return_noise) a.noise = samples_view(noise, "noise", x0);
   a.noise_dtype = a.x0.dtype;

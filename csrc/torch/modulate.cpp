@@ -122,7 +122,8 @@ class Gradients {
     }
     parallel(chunks, rows_per_chunk_ * extent_.columns,
              [&](int64_t begin, int64_t end) { norm_backward(a, begin, end); });
-    for (size_t i = 0; i < reductions_.size(); ++i) reduce(reductions_[i].result, partials[i], per_batch);
+    for (size_t i = 0; i < reductions_.size(); ++i)
+      reduce(reductions_[i].result, partials[i], per_batch);
     return std::move(results_);
   }
 
@@ -156,10 +157,11 @@ class Gradients {
   std::vector<Reduction> reductions_;
 };
 
-std::vector<Tensor> modulated_norm_backward(
-    const Tensor grad_y, const Tensor x, const OptionalTensor shift, const OptionalTensor scale,
-    const OptionalTensor weight, const OptionalTensor bias, const Tensor mean, const Tensor rstd,
-    bool rms, int64_t wanted) {
+std::vector<Tensor> modulated_norm_backward(const Tensor grad_y, const Tensor x,
+                                            const OptionalTensor shift, const OptionalTensor scale,
+                                            const OptionalTensor weight, const OptionalTensor bias,
+                                            const Tensor mean, const Tensor rstd, bool rms,
+                                            int64_t wanted) {
   Gradients gradients(extent_of(x), x, wanted);
   NormBackward a{};
   a.grad_y = view_of(grad_y, "grad_y");
@@ -191,10 +193,12 @@ std::vector<Tensor> gated_residual_backward(const Tensor grad_h, const Tensor re
   return gradients.run(a);
 }
 
-std::vector<Tensor> gated_residual_norm_backward(
-    const OptionalTensor grad_h, const Tensor grad_y, const Tensor h, const Tensor residual,
-    const Tensor x, const Tensor gate, const OptionalTensor shift, const OptionalTensor scale,
-    const Tensor mean, const Tensor rstd, bool rms, int64_t wanted) {
+std::vector<Tensor> gated_residual_norm_backward(const OptionalTensor grad_h, const Tensor grad_y,
+                                                 const Tensor h, const Tensor residual,
+                                                 const Tensor x, const Tensor gate,
+                                                 const OptionalTensor shift,
+                                                 const OptionalTensor scale, const Tensor mean,
+                                                 const Tensor rstd, bool rms, int64_t wanted) {
   Gradients gradients(extent_of(x), x, wanted);
   NormBackward a{};
   a.grad_y = view_of(grad_y, "grad_y");

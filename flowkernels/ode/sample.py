@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowkernels.ode.schedule import Schedule
+from flowkernels.ops._validate import as_number
 from flowkernels.ops.step import euler_step
 
 Velocity = Callable[..., Tensor]
@@ -194,6 +195,7 @@ def sample(
         `schedule.times`.
 
     Raises:
+        TypeError: noise or a condition is no tensor, schedule no Schedule, guidance no number.
         ValueError: an unknown method, guidance without conditions or without unconditional
             inputs, conditions of another batch size.
 
@@ -204,13 +206,13 @@ def sample(
     """
     if method not in _METHODS:
         raise ValueError(f"method is {method!r}; it must be one of {', '.join(_METHODS)}")
-    conditions = dict(conditions or {})
-    for name, value in conditions.items():
-        if value.dim() == 0 or len(value) != len(noise):
-            raise ValueError(
-                f"conditions[{name!r}] has shape {tuple(value.shape)}; its first size must be "
-                f"the batch's, {len(noise)}"
-            )
+    if not isinstance(noise, Tensor) or noise.dim() == 0:
+        raise TypeError(f"noise is {noise!r}; it must be a tensor [B, ...]")
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule is {schedule!r}; it must be a Schedule, such as uniform(4)")
+    conditions = _checked_conditions(conditions, len(noise))
+    if guidance is not None:
+        guidance = as_number(guidance, "guidance")
     if guidance is None or guidance == 1:
         guidance, uncond = 1.0, None
     elif not conditions:
@@ -232,6 +234,19 @@ def sample(
         if callback is not None:
             callback(step, times[step + 1], x)
     return torch.stack(states) if return_trajectory else x
+
+
+def _checked_conditions(conditions: Mapping[str, Tensor] | None, batch: int) -> dict[str, Tensor]:
+    conditions = dict(conditions or {})
+    for name, value in conditions.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"conditions[{name!r}] is {value!r}; it must be a tensor [B, ...]")
+        if value.dim() == 0 or len(value) != batch:
+            raise ValueError(
+                f"conditions[{name!r}] has shape {tuple(value.shape)}; its first size must be "
+                f"the batch's, {batch}"
+            )
+    return conditions
 
 
 def null_conditions(velocity: Velocity, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ class Schedule:
     origin: str
 
     def __init__(self, times: Sequence[float] | Tensor, origin: str = "given") -> None:
-        values = torch.as_tensor(times).detach().to("cpu", torch.float64, copy=True)
+        values = _float64(times, "times").clone()
         if values.dim() != 1 or len(values) < 2:
             raise ValueError(
                 f"times has shape {tuple(values.shape)}; it needs [n+1] with n at least 1"
@@ -158,10 +158,18 @@ def from_sigmas(sigmas: Sequence[float] | Tensor) -> Schedule:
         >>> from_sigmas([1.0, 0.5]).times.tolist()
         [1.0, 0.5, 0.0]
     """
-    values = torch.as_tensor(sigmas).detach().cpu().double()
+    values = _float64(sigmas, "sigmas")
     if values.dim() == 1 and len(values) and values[-1] != 0:
         values = torch.cat([values, values.new_zeros(1)])
     return Schedule(values, origin="sigmas")
+
+
+def _float64(values: Sequence[float] | Tensor, name: str) -> Tensor:
+    """On the CPU; numbers of a list keep every digit."""
+    try:
+        return torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {values!r}; it must be numbers") from None
 
 
 def _grid(n: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,17 @@ def apply(function: type[FusedFunction], *args: Any) -> Any:
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
         ):
             return function.forward(_NoGraph(), *args)
-    return function.apply(*args)
+        return function.apply(*args)
+    return function.apply(*_distinct(args))
+
+
+def _distinct(args: Sequence[Any]) -> list[Any]:
+    """``args`` with a view in place of a tensor's second mention, which torch.compile refuses."""
+    found: list[Any] = []
+    for arg in args:
+        again = isinstance(arg, Tensor) and any(arg is other for other in found)
+        found.append(arg.view_as(arg) if again else arg)
+    return found
 
 
 def reference_gradients(
@@ -96,6 +106,16 @@ def reference_gradients(
         next(found) if x is not None and need else None
         for x, need in zip(taken, needed, strict=True)
     ]
+
+
+def written(tensors: Iterable[Tensor]) -> None:
+    """Tell autograd that an operator wrote in place, as torch's own do: a backward pass that has
+    saved one of ``tensors`` then fails instead of reading what it did not save.
+    """
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(
+            [tensor for tensor in tensors if not tensor.is_inference()]
+        )
 
 
 def mask_of(needed: Sequence[bool]) -> int:

@@ -58,18 +58,26 @@ def readable_samples(grad: Tensor) -> Tensor:
     return grad if kernels_read_samples(grad) else grad.contiguous()
 
 
-def tracked(*tensors: Tensor | None) -> bool:
-    """A gradient is asked for: the call has to go through its ``autograd.Function``.
-
-    Where it is False the operator is called outright, at half the host time, after a look at
-    whether a transform that kernels do not serve is active.
-    """
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """A gradient to one of the tensors is asked for."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
+    return False
+
+
+def tracked(*tensors: Tensor | None, constants: tuple[Any, ...] = ()) -> bool:
+    """A gradient is asked for: the call has to go through its ``autograd.Function``.
+
+    Where it is False the operator is called outright, at half the host time, after a look at
+    whether a transform that kernels do not serve is active. ``constants`` are the operands that
+    kernels have no gradient for (times, weights): forward mode must not lose their tangents.
+    """
+    if wants_gradient(*tensors):
+        return True
     if not torch.compiler.is_compiling():
-        refuse_transforms(tensors)
+        refuse_transforms((*tensors, *constants))
     return False
 
 

@@ -42,6 +42,16 @@ def kernels_read(*tensors: Tensor | None) -> bool:
     return True
 
 
+def as_number(value: Any, name: str) -> float:
+    """``value`` as a float: a number, or what holds one (a numpy scalar, a 0-d tensor)."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    held = value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")
+    if not held:
+        raise TypeError(f"{name}: got {type(value).__name__}, need a number")
+    return float(value)
+
+
 def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, need one of {', '.join(choices)}")

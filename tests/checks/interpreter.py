@@ -53,6 +53,8 @@ def _patch_language_once() -> None:
         if key not in patched:
             patched.add(key)
             original(fn)
+            # Triton 3.6 converts an array of one element, which NumPy 2.4 refuses.
+            tl.core.tensor.__index__ = lambda self: int(self.handle.data.squeeze())
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch

@@ -232,3 +232,21 @@ def test_bad_input_is_named():
             conditions=labels,
             uncond={"labels": torch.tensor([3])},
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("noise", {"noise": None}),
+        ("noise", {"noise": torch.ones(())}),
+        ("schedule", {"schedule": 4}),
+        ("schedule", {"schedule": [1.0, 0.0]}),
+        ("conditions", {"conditions": {"y": 3}}),
+        ("guidance", {"guidance": "a"}),
+    ],
+)
+def test_names_the_argument_of_the_wrong_type(name, change):
+    arguments = {"noise": torch.ones(2, 3), "schedule": uniform(2), **change}
+    with pytest.raises(TypeError, match=rf"^{name}") as caught:
+        sample(lambda x, t, y=None: x, **arguments)
+    assert "\n" not in str(caught.value)

@@ -99,3 +99,17 @@ def test_bad_json_is_named(text):
 
 def test_json_is_plain():
     assert json.loads(uniform(2).to_json()) == {"times": [1.0, 0.5, 0.0], "origin": "uniform(2)"}
+
+
+def test_numbers_of_a_list_keep_every_digit():
+    """As float64: by way of torch's default dtype 0.7 would become 0.699999988."""
+    assert Schedule([1.0, 0.7, 0.0]).times.tolist() == [1.0, 0.7, 0.0]
+    assert from_sigmas([1.0, 0.7]).times.tolist() == [1.0, 0.7, 0.0]
+
+
+@pytest.mark.parametrize("value", [None, "a"])
+def test_what_is_no_numbers_is_named(value):
+    with pytest.raises(ValueError, match=r"^times is"):
+        Schedule(value)
+    with pytest.raises(ValueError, match=r"^sigmas is"):
+        from_sigmas(value)

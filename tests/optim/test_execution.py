@@ -150,3 +150,15 @@ def test_replaced_state_tensors_are_used():
             for key in state:
                 state[key] = state[key].clone()
     assert_same_bits([params, list(optimizer.state.values())], [plain, list(other.state.values())])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_autograd_is_told_that_parameters_were_written(backend):
+    """A graph that saved a parameter fails after the step, as it does with torch's optimisers."""
+    param = torch.nn.Parameter(torch.ones(3))
+    loss = param.square().sum()
+    param.grad = torch.ones(3)
+    with flowkernels.backend(backend):
+        AdamWEMA([param], 0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -94,7 +94,7 @@ def interpolate(
 def _with_noise(backend: str, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     if backend == "reference":
         return reference.interpolate(x0, t, noise)
-    if tracked(x0, noise):
+    if tracked(x0, noise, constants=(t,)):
         return apply(Interpolate, backend, x0, t, noise)
     return operators.interpolate_forward(backend, x0, t, noise)
 
@@ -108,14 +108,30 @@ def _with_seed(
     return_noise: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if backend == "reference":
-        noise = reference.seeded_noise(x0, seed, offset)
+        noise = _noise_of(x0, seed, offset)
         return reference.interpolate(x0, t, noise), noise if return_noise else None
+    if torch.compiler.is_compiling():
+        # A number would be a constant of the graph, and each new seed a recompile.
+        seed, offset = _on_device(seed, x0), _on_device(offset, x0)
     arguments = (x0, t, *_pair(seed), *_pair(offset), return_noise)
-    if tracked(x0):
+    if tracked(x0, constants=(t,)):
         x_t, noise = apply(InterpolateSeeded, backend, *arguments)
     else:
         x_t, noise = operators.interpolate_seeded(backend, *arguments)
     return x_t, noise if return_noise else None
+
+
+def _noise_of(x0: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
+    """Seeded noise for an x0 that the kernels do not read, with the bits that they give."""
+    backend = _library.choose("interpolate", x0.device, True)
+    if backend == "reference":
+        return reference.seeded_noise(x0, seed, offset)
+    dtype = x0.dtype if kernels_read_samples(x0.new_empty(0)) else torch.float32
+    like = torch.zeros(x0.shape, dtype=dtype, device=x0.device)
+    t = torch.zeros(x0.shape[:1], device=x0.device)
+    arguments = (*_pair(seed), *_pair(offset), True)
+    _, noise = operators.interpolate_seeded(backend, like, t, *arguments)
+    return noise.to(x0.dtype)
 
 
 def philox(groups: Tensor, seed: int | Tensor = 0, offset: int | Tensor = 0) -> Tensor:
@@ -241,6 +257,13 @@ def _bits(value: int | Tensor, name: str, like: Tensor) -> int | Tensor:
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{name}: got {value}, need 64 bits: from -2**63 to 2**64 - 1")
     return value - 2**64 if value >= 2**63 else value
+
+
+def _on_device(value: int | Tensor, like: Tensor) -> int | Tensor:
+    # Negative ones may stand for 2⁶³ and more, which a graph has no variable for.
+    if isinstance(value, Tensor) or value < 0:
+        return value
+    return torch.full((), value, dtype=torch.int64, device=like.device)
 
 
 def _pair(value: int | Tensor) -> tuple[Tensor | None, int]:

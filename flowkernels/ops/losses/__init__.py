@@ -14,7 +14,7 @@ from flowkernels.ops._samples import (
     kernels_read_samples,
     tracked,
 )
-from flowkernels.ops._validate import check_choice
+from flowkernels.ops._validate import as_number, check_choice
 from flowkernels.ops.losses import _operators as operators
 from flowkernels.ops.losses import reference
 from flowkernels.ops.losses._autograd import FGM, FlowMatching
@@ -75,7 +75,7 @@ def flow_matching(
     if backend == "reference":
         return reference.flow_matching(v, x0, noise, weight, reduction)
     code = REDUCTIONS.index(reduction)
-    if tracked(v, x0, noise):
+    if tracked(v, x0, noise, constants=(weight,)):
         return apply(FlowMatching, backend, v, x0, noise, weight, code)
     return operators.flow_matching_forward(backend, v, x0, noise, weight, code, 0)[0]
 
@@ -156,8 +156,8 @@ def fgm(
     if nonfinite is not None:
         _check_counter(nonfinite, u)
     check_choice(reduction, "reduction", REDUCTIONS)
-    sid, lam = normalize is not None, float(lam)
-    guidance = 1.0 if u_uncond is None else float(guidance)
+    sid, lam = normalize is not None, as_number(lam, "lam")
+    guidance = 1.0 if u_uncond is None else as_number(guidance, "guidance")
     backend = _library.choose(
         "fgm",
         u.device,
@@ -171,7 +171,7 @@ def fgm(
         if t.dtype == torch.float64:
             t = t.float()
         settings = (lam, guidance, sid, REDUCTIONS.index(reduction))
-        if tracked(u, v, x0, noise, u_uncond):
+        if tracked(u, v, x0, noise, u_uncond, constants=(t, weight)):
             loss, skipped = apply(FGM, backend, u, v, x0, noise, u_uncond, t, weight, *settings)
         else:
             loss, skipped = operators.fgm_forward(

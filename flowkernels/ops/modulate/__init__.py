@@ -16,6 +16,7 @@ from flowkernels.ops._autograd import (
     scatter,
 )
 from flowkernels.ops._validate import (
+    as_number,
     check_choice,
     check_shape,
     check_tensor,
@@ -58,7 +59,7 @@ def modulated_norm(
         arithmetic are float32 (float64 where an operand is float64).
 
     Raises:
-        TypeError: An operand is no floating-point tensor.
+        TypeError: An operand is no floating-point tensor, or eps no number.
         ValueError: A shape or device does not fit; names the argument.
 
     Example:
@@ -74,7 +75,7 @@ def modulated_norm(
     _check_affine(weight, "weight", x)
     _check_affine(bias, "bias", x)
     check_choice(norm, "norm", ("layer", "rms"))
-    rms = norm == "rms"
+    rms, eps = norm == "rms", as_number(eps, "eps")
     backend = _library.choose(
         "modulated_norm",
         x.device,
@@ -163,7 +164,7 @@ def gated_residual_norm(
     _check_modulation(shift, "shift", residual)
     _check_modulation(scale, "scale", residual)
     check_choice(norm, "norm", ("layer", "rms"))
-    rms = norm == "rms"
+    rms, eps = norm == "rms", as_number(eps, "eps")
     backend = _library.choose(
         "gated_residual_norm",
         residual.device,

@@ -27,6 +27,8 @@ FORWARD_WIDEST = 16384
 BACKWARD_WIDEST = 6144
 BACKWARD_WIDEST_MIXED = 4096
 WIDE_TILE = 2048
+# Registers are capped (maxnreg) at what keeps 12 warps and more on a multiprocessor in the backward
+# pass, 32 in the forward pass. Left to itself ptxas may aim at fewer than a row needs, and spill.
 
 
 def _parts(columns: int, widest: int) -> tuple[int, int, int]:
@@ -46,10 +48,7 @@ def _backward_options(
     first, second, tiles = _parts(columns, widest)
     warps = warps_for(first, present[-1].element_size())
     options = {"RMS": rms, "FIRST": first, "SECOND": second, "num_warps": warps}
-    if warps == 16:
-        # All registers there are. Left to itself ptxas may aim at half of them, and spill.
-        options["maxnreg"] = 128
-    return options, tiles
+    return {**options, "maxnreg": 168 if warps <= 4 else 128}, tiles
 
 
 def _rows_per_chunk(batch: int, rows: int) -> int:
@@ -85,6 +84,7 @@ def _forward(
         "FIRST": first,
         "SECOND": second,
         "num_warps": warps_for(first, x.element_size(), most=32),
+        "maxnreg": 64,
     }
     mean = None if rms else mean
     wide = tiles > 1 and y is not None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from flowkernels.ops import _library
+from flowkernels.ops._autograd import written
 from flowkernels.ops.multi_tensor import _operators as operators
 from flowkernels.ops.multi_tensor import reference
 from flowkernels.ops.multi_tensor._layout import lists_walkable, walkable
@@ -116,6 +117,8 @@ def adamw_ema_(
         lr_tensor, rate, beta1, beta2, eps, weight_decay,
         ema_decays, max_grad_norm, skip_nonfinite,
     )  # fmt: skip
+    if not reference_path:
+        written((*params, *emas, *copies))
 
 
 def ema_(
@@ -143,6 +146,7 @@ def ema_(
         reference.ema_(params, emas, ema_decays, norm)
     else:
         operators.ema_.default(params, emas, ema_decays, norm)
+        written(emas)
 
 
 for _name in __all__:

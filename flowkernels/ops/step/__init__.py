@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flowkernels.ops import _library
-from flowkernels.ops._autograd import FusedFunction, apply, mask_of, scatter
+from flowkernels.ops._autograd import FusedFunction, apply, mask_of, scatter, written
 from flowkernels.ops._samples import (
     check_batch_vector,
     check_like,
@@ -16,8 +16,9 @@ from flowkernels.ops._samples import (
     per_sample,
     readable_samples,
     tracked,
+    wants_gradient,
 )
-from flowkernels.ops._validate import check_tensor
+from flowkernels.ops._validate import as_number, check_tensor
 from flowkernels.ops.step import _operators as operators
 from flowkernels.ops.step import reference
 
@@ -54,8 +55,8 @@ def euler_step(
 
     Raises:
         TypeError: An operand is no floating-point tensor, or dt neither number nor tensor.
-        ValueError: A shape, dtype or device does not fit, or ``out`` is given where a gradient is
-            asked for; names the argument.
+        ValueError: A shape, dtype or device does not fit, or ``out`` overlaps an operand in part
+            or is given where a gradient is asked for; names the argument.
 
     Example:
         >>> import torch
@@ -67,8 +68,7 @@ def euler_step(
     check_like(v, "v", x)
     if v_uncond is not None:
         check_like(v_uncond, "v_uncond", x)
-    else:
-        guidance = 1.0
+    guidance = 1.0 if v_uncond is None else as_number(guidance, "guidance")
     dt_needs_grad = False
     if isinstance(dt, Tensor) and dt.dim() == 0 and dt.device.type == "cpu" != x.device.type:
         dt = float(dt)  # a number of the host's, as torch's own operators take it: no sync
@@ -77,9 +77,8 @@ def euler_step(
         dt_needs_grad = dt.requires_grad and torch.is_grad_enabled()
     elif isinstance(dt, bool) or not isinstance(dt, (int, float)):
         raise TypeError(f"dt: got {type(dt).__name__}, need a number or a tensor, 0-d or [B]")
-    differentiate = dt_needs_grad or tracked(x, v, v_uncond)
     if out is not None:
-        _check_out(out, x, v, v_uncond, differentiate)
+        _check_out(out, x, v, v_uncond, dt_needs_grad or wants_gradient(x, v, v_uncond))
     backend = _library.choose(
         "euler_step",
         x.device,
@@ -88,13 +87,18 @@ def euler_step(
     if backend == "reference":
         result = reference.euler_step(x, v, dt, v_uncond, guidance)
         return result if out is None else out.copy_(result)
+    differentiate = tracked(x, v, v_uncond, constants=(dt,))
     arguments: tuple[Tensor | None, float, float]
     if isinstance(dt, Tensor):
-        arguments = (dt.float() if dt.dtype == torch.float64 else dt, 0.0, float(guidance))
+        arguments = (dt.float() if dt.dtype == torch.float64 else dt, 0.0, guidance)
     else:
-        arguments = (None, float(dt), float(guidance))
+        arguments = (None, float(dt), guidance)
+        if torch.compiler.is_compiling():
+            # A number would be a constant of the graph, and each step of a sampler a recompile.
+            arguments = (x.new_zeros((), dtype=torch.float32) + float(dt), 0.0, guidance)
     if out is not None:
         operators.euler_step_out(backend, x, v, v_uncond, *arguments, out)
+        written((out,))
         return out
     if differentiate:
         return apply(EulerStep, backend, x, v, v_uncond, *arguments)
@@ -168,10 +172,27 @@ def _check_out(
         raise ValueError(f"out: got dtype {out.dtype}, need {dtype}")
     if out.shape[0] > 1 and out.stride(0) == 0:
         raise ValueError("out: its samples share memory, need a tensor of its own elements")
+    if type(out) is Tensor and not torch.compiler.is_compiling():  # not a tracer's
+        for operand in (x, v, v_uncond):
+            if operand is not None and operand is not out and _partly_shared(out, operand):
+                raise ValueError("out: overlaps an operand in part, need none of its memory or all")
     if differentiate or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError(
             "out: is given while a gradient is asked for, need out=None or torch.no_grad()"
         )
+
+
+def _partly_shared(out: Tensor, operand: Tensor) -> bool:
+    """Whether elements of the two lie in the same memory, but not each in its counterpart's.
+
+    As torch's own check: only where both are dense, so that ranges of memory tell.
+    """
+    if not (out.is_contiguous() and operand.is_contiguous()) or out.numel() == 0:
+        return False
+    start, other = out.data_ptr(), operand.data_ptr()
+    if start == other and out.dtype == operand.dtype:
+        return False
+    return start < other + operand.nbytes and other < start + out.nbytes
 
 
 _library.register_function("euler_step", "flowkernels.ode")
