@@ -147,3 +147,15 @@ def test_numbers_are_named_where_they_are_none(value):
     }.items():
         with pytest.raises(TypeError, match=rf"^{name}: got .*need a number$"):
             call()
+
+
+@pytest.mark.parametrize("value", [-1e30, -60.0, 60.0, 1e30])
+def test_activation_gradients_in_the_far_tails(value: float):
+    """Where the gate is 0 or 1 to every digit, so is its share of the gradient: no 0·∞, no loss."""
+    x = torch.tensor([[value, 2.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(swiglu(x).sum(), x)
+    expected = [0.0, 0.0] if value < 0 else [2.0, value]
+    torch.testing.assert_close(gradient, torch.tensor([expected]), rtol=1e-6, atol=1e-20)
+    u = torch.tensor([value], requires_grad=True)
+    (gradient,) = torch.autograd.grad(gelu_tanh(u).sum(), u)
+    torch.testing.assert_close(gradient, torch.tensor([float(value > 0)]), rtol=0, atol=0)
