@@ -40,6 +40,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     junk.value = True
     try:
+        assert torch.empty(64).isnan().all(), "fresh memory is not poisoned"
         yield
     finally:
         junk.value = False

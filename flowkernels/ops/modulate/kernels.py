@@ -27,8 +27,10 @@ FORWARD_WIDEST = 16384
 BACKWARD_WIDEST = 6144
 BACKWARD_WIDEST_MIXED = 4096
 WIDE_TILE = 2048
-# Registers are capped (maxnreg) at what keeps 12 warps and more on a multiprocessor in the backward
-# pass, 32 in the forward pass. Left to itself ptxas may aim at fewer than a row needs, and spill.
+# Registers of a thread: these leave a multiprocessor room for 32 warps in the forward pass, 12 or
+# 16 in the backward pass. Left to itself ptxas may aim at fewer than a row needs, and spill.
+FORWARD_REGISTERS = 64
+BACKWARD_REGISTERS, BACKWARD_REGISTERS_SMALL = 128, 168
 
 
 def _parts(columns: int, widest: int) -> tuple[int, int, int]:
@@ -48,7 +50,8 @@ def _backward_options(
     first, second, tiles = _parts(columns, widest)
     warps = warps_for(first, present[-1].element_size())
     options = {"RMS": rms, "FIRST": first, "SECOND": second, "num_warps": warps}
-    return {**options, "maxnreg": 168 if warps <= 4 else 128}, tiles
+    options["maxnreg"] = BACKWARD_REGISTERS_SMALL if warps <= 4 else BACKWARD_REGISTERS
+    return options, tiles
 
 
 def _rows_per_chunk(batch: int, rows: int) -> int:
@@ -84,7 +87,7 @@ def _forward(
         "FIRST": first,
         "SECOND": second,
         "num_warps": warps_for(first, x.element_size(), most=32),
-        "maxnreg": 64,
+        "maxnreg": FORWARD_REGISTERS,
     }
     mean = None if rms else mean
     wide = tiles > 1 and y is not None
