@@ -33,7 +33,7 @@ FK_INLINE const float* operand_row(const View& view, int64_t b, int64_t s, float
 
 // sum of f(row[i]) in four chains of sixteen lanes: one chain of additions would wait on its own
 // latency. The row is walked in order, since four streams at once would defeat the prefetcher.
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+typedef float Lanes __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 16;
 
 template <class F>
@@ -41,8 +41,11 @@ FK_INLINE float sum(const float* row, int64_t n, const F& f) {
   Lanes chains[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int64_t chain = 0; chain < 4; ++chain)
-      chains[chain] += f(*reinterpret_cast<const Lanes*>(row + i + chain * kLanes));
+    for (int64_t chain = 0; chain < 4; ++chain) {
+      Lanes x;  // by memcpy: rows are aligned to their elements alone
+      std::memcpy(&x, row + i + chain * kLanes, sizeof(x));
+      chains[chain] += f(x);
+    }
   const Lanes lanes = (chains[0] + chains[1]) + (chains[2] + chains[3]);
   float total = 0.f;
   for (int64_t lane = 0; lane < kLanes; ++lane) total += lanes[lane];
