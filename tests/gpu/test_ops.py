@@ -14,6 +14,7 @@ from tests.checks.contexts import CaseChecks
 from tests.checks.framework import FrameworkChecks
 from tests.checks.gradients import GradientChecks
 from tests.checks.values import ValueChecks
+from tests.gpu import DEVICE
 
 pytestmark = pytest.mark.gpu
 
@@ -71,7 +72,7 @@ class GPUChecks(ValueChecks, GradientChecks, FrameworkChecks, GraphChecks):
     formulas, and neither is asked here.
     """
 
-    device = "cuda"
+    device = DEVICE
     test_thread_count_does_not_change_a_bit: ClassVar[None] = None
     test_gradcheck: ClassVar[None] = None
     test_names_the_argument_of_a_bad_input: ClassVar[None] = None

@@ -8,6 +8,7 @@ import torch
 import flowkernels
 from flowkernels.ops import _native
 from flowkernels.optim import EMA, AdamWEMA
+from tests.gpu import DEVICE, needs_cuda
 from tests.optim.helpers import (
     NoHostSync,
     assert_no_worse,
@@ -27,7 +28,7 @@ SETTINGS = {"weight_decay": 0.1, "ema_decays": (0.9, 0.99, 0.999, 0.3, 0.5), "ma
 
 
 def on_gpu(dtype=torch.float32, shapes=None):
-    return make_params(dtype, shapes or (*make_shapes(), *LARGE), device="cuda")
+    return make_params(dtype, shapes or (*make_shapes(), *LARGE), device=DEVICE)
 
 
 def make_shapes():
@@ -44,6 +45,7 @@ def unaligned(params):
     return moved
 
 
+@needs_cuda
 def test_the_native_backend_serves():
     assert _native.OFF["cuda"] is None, _native.OFF["cuda"]
 
@@ -77,8 +79,8 @@ def test_native_equals_reference(dtype, copy_dtype):
         copies = [torch.zeros_like(p, dtype=copy_dtype) for p in params]
         with flowkernels.backend(backend):
             optimizer = AdamWEMA(
-                params, torch.tensor(1e-2, device="cuda"), **SETTINGS,
-                grad_scale=torch.tensor(2.0, device="cuda"), low_precision_copies=copies,
+                params, torch.tensor(1e-2, device=DEVICE), **SETTINGS,
+                grad_scale=torch.tensor(2.0, device=DEVICE), low_precision_copies=copies,
             )  # fmt: skip
             run(params, optimizer, range(3))
         results.append(snapshot(params, copies, list(optimizer.state.values())))
@@ -112,10 +114,11 @@ def test_runs_are_bitwise_equal():
     assert_same_bits(found[1], found[0])
 
 
+@needs_cuda
 def test_a_step_is_captured_and_replayed():
     """A replay sees new gradients, a new learning rate and a bad step, all on the device."""
     params, plain = on_gpu(), on_gpu()
-    rate = torch.tensor(1e-2, device="cuda")
+    rate = torch.tensor(1e-2, device=DEVICE)
     optimizer, other = AdamWEMA(params, rate, **SETTINGS), AdamWEMA(plain, 1e-2, **SETTINGS)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
