@@ -102,7 +102,7 @@ inline View view_of(const OptionalTensor& tensor, const char* name) {
 template <class F>
 void parallel(int64_t items, int64_t elements_per_item, const F& f) {
   if (items == 0) return;
-  constexpr int64_t kElementsPerTask = 16384;
+  constexpr int64_t kElementsPerTask = 65536;
   const int64_t grain =
       std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_item));
   if (items <= grain) return f(int64_t{0}, items);  // the caller's own thread: no barrier
