@@ -84,6 +84,20 @@ FK_INLINE uint16_t float_to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
+// 16-bit elements as types of their own, for loops that widen and round in registers.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+FK_INLINE float widen(float value) { return value; }
+FK_INLINE float widen(BFloat16 value) { return bfloat16_to_float(value.bits); }
+FK_INLINE float widen(Float16 value) { return float16_to_float(value.bits); }
+FK_INLINE void narrow(float value, float& out) { out = value; }
+FK_INLINE void narrow(float value, BFloat16& out) { out.bits = float_to_bfloat16(value); }
+FK_INLINE void narrow(float value, Float16& out) { out.bits = float_to_float16(value); }
+
 // The row as float32: the row itself where it is float32 already, else `scratch`.
 FK_INLINE const float* load_row(const char* source, DType dtype, float* scratch, int64_t n) {
   if (dtype == DType::float32) return reinterpret_cast<const float*>(source);

@@ -22,7 +22,8 @@ from flowkernels.ops.modulate.reference import promoted
 Tensor = torch.Tensor
 
 # The widest row that one program holds without spilling, by ptxas for sm_80, sm_90 and sm_100:
-# forward; backward; backward where dtypes are mixed or scale has a row for each row of x.
+# forward; backward; backward of mixed dtypes, of a scale with a row for each row of x, and of rows
+# that are not read 16 bytes at a time.
 FORWARD_WIDEST = 16384
 BACKWARD_WIDEST = 6144
 BACKWARD_WIDEST_MIXED = 4096
@@ -40,15 +41,25 @@ def _parts(columns: int, widest: int) -> tuple[int, int, int]:
     return WIDE_TILE, 0, triton.cdiv(columns, WIDE_TILE)
 
 
+def _narrow(operand: Tensor) -> bool:
+    """Whether some row of a view starts where a load of 16 bytes may not."""
+    size = operand.element_size()
+    places = (operand.data_ptr(), *(stride * size for stride in operand.stride()[:-1]))
+    return any(place % 16 for place in places)
+
+
 def _backward_options(
     columns: int, rms: bool, scale: Tensor | None, *operands: Tensor | None
 ) -> tuple[dict[str, int | bool], int]:
     """(what the backward kernels are compiled with, tiles)."""
     present = [operand for operand in (scale, *operands) if operand is not None]
     mixed = len({operand.dtype for operand in present}) > 1
-    widest = BACKWARD_WIDEST_MIXED if mixed or per_row(scale) else BACKWARD_WIDEST
+    narrow = columns > 2048 and any(map(_narrow, present))
+    widest = BACKWARD_WIDEST_MIXED if mixed or narrow or per_row(scale) else BACKWARD_WIDEST
     first, second, tiles = _parts(columns, widest)
     warps = warps_for(first, present[-1].element_size())
+    if narrow and first + second > 2560:  # more loads in flight, more registers
+        warps = 16
     options = {"RMS": rms, "FIRST": first, "SECOND": second, "num_warps": warps}
     options["maxnreg"] = BACKWARD_REGISTERS_SMALL if warps <= 4 else BACKWARD_REGISTERS
     return options, tiles
