@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -237,13 +238,25 @@ class GatedResidual(FusedFunction):
                 reference.gated_residual, (residual, x, gate), (grad_h,), needed
             )
         else:
-            found = scatter(
-                operators.gated_residual_backward(
-                    ctx.backend, readable(grad_h), residual, x, gate, mask_of(needed)
-                ),
-                needed,
-            )
+            found = gated_gradients(ctx.backend, grad_h, residual, x, gate, needed)
         return (None, *found)
+
+
+def gated_gradients(
+    backend: str, grad_h: Tensor, residual: Tensor, x: Tensor, gate: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of residual, x and gate; the residual's is grad_h itself where dtypes agree."""
+    passed_on = needed[0] and grad_h.dtype == residual.dtype
+    rest = [needed[0] and not passed_on, *needed[1:]]
+    found: list[Tensor | None] = [None, None, None]
+    if any(rest):
+        written = operators.gated_residual_backward(
+            backend, readable(grad_h), residual, x, gate, mask_of(rest)
+        )
+        found = scatter(written, rest)
+    if passed_on:
+        found[0] = grad_h
+    return found
 
 
 class GatedResidualNorm(FusedFunction):
@@ -288,13 +301,8 @@ class GatedResidualNorm(FusedFunction):
             )
         elif grad_y is None:
             assert grad_h is not None
-            partial = [*needed[:3], False, False]
-            found = scatter(
-                operators.gated_residual_backward(
-                    ctx.backend, readable(grad_h), residual, x, gate, mask_of(partial)
-                ),
-                partial,
-            )
+            sums = gated_gradients(ctx.backend, grad_h, residual, x, gate, needed[:3])
+            found = [*sums, None, None]
         else:
             found = scatter(
                 operators.gated_residual_norm_backward(
