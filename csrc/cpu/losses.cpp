@@ -21,6 +21,24 @@ FK_INLINE Item item_at(const LossExtent& extent, int64_t index) {
   return {sample, chunk * kChunk, std::min(extent.elements, (chunk + 1) * kChunk)};
 }
 
+// `n` elements of a sample, where they lie or in `scratch` as float32.
+template <class T>
+FK_INLINE const T* typed(const View& view, int64_t sample, int64_t first, float* scratch,
+                         int64_t n) {
+  return typed_row<T>(element(view, sample, first), view.dtype, scratch, n);
+}
+
+// target[i] = value(i), rounded to the dtype of `view`.
+template <class T, class F>
+FK_INLINE void write(const View& view, int64_t sample, int64_t first, float* scratch, int64_t n,
+                     const F& value) {
+  char* target = element(view, sample, first);
+  T* out = typed_target<T>(target, view.dtype, scratch);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) narrow(value(i), out[i]);
+  store_typed(out, target, view.dtype, n);
+}
+
 FK_INLINE double sample_sum(const double* partial, int64_t sample, int64_t chunks) {
   double total = 0.0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[sample * chunks + chunk];
@@ -29,51 +47,54 @@ FK_INLINE double sample_sum(const double* partial, int64_t sample, int64_t chunk
 
 }  // namespace
 
-// With r = v - noise + x0 and c = 2 · scale · weight · grad_output:
-//   grad_v = grad_x0 = c r          grad_noise = -c r
-FK_CLONES void flow_matching(const FlowMatching& a, int64_t begin, int64_t end) {
-  Scratch scratch(4, kStep);
-  const View outputs[3] = {a.grad_v, a.grad_x0, a.grad_noise};
+namespace {
+
+template <class T>
+FK_INLINE void flow_matching_items(const FlowMatching& a, int64_t begin, int64_t end) {
+  Scratch scratch(5, kStep);
+  float* r = scratch[3];
   for (int64_t index = begin; index < end; ++index) {
     const Item item = item_at(a.extent, index);
-    const float grad_output = value_of(a.grad_output, item.sample);
+    const int64_t sample = item.sample;
+    const float grad_output = value_of(a.grad_output, sample);
     if (a.rescale && grad_output == 1.f) continue;
-    const float factor = 2.f * static_cast<float>(loss_scale(a.extent)) *
-                         value_of(a.weight, item.sample) * grad_output;
+    const float factor =
+        2.f * static_cast<float>(loss_scale(a.extent)) * value_of(a.weight, sample) * grad_output;
     double total = 0.0;
     for (int64_t first = item.first; first < item.last; first += kStep) {
       const int64_t n = std::min(kStep, item.last - first);
-      const float* v = load(a.v, item.sample, first, scratch[0], n);
-      const float* x0 = load(a.x0, item.sample, first, scratch[1], n);
-      const float* noise = load(a.noise, item.sample, first, scratch[2], n);
-      // grad_v is built where it belongs if it can be; the others are copied from it.
-      float* r = a.grad_v
-                     ? target_row(element(a.grad_v, item.sample, first), a.grad_v.dtype, scratch[3])
-                     : scratch[3];
+      const T* v = typed<T>(a.v, sample, first, scratch[0], n);
+      const T* x0 = typed<T>(a.x0, sample, first, scratch[1], n);
+      const T* noise = typed<T>(a.noise, sample, first, scratch[2], n);
       float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < n; ++i) {
-        const float residual = v[i] - (noise[i] - x0[i]);
+        const float residual = widen(v[i]) - (widen(noise[i]) - widen(x0[i]));
         sum += residual * residual;
         r[i] = factor * residual;
       }
       total += sum;
-      for (int output = 0; output < 3; ++output) {
-        const View& gradient = outputs[output];
-        if (!gradient) continue;
-        char* target = element(gradient, item.sample, first);
-        if (output < 2) {
-          store_row(r, target, gradient.dtype, n);
-          continue;
-        }
-        float* negative = target_row(target, gradient.dtype, scratch[0]);
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) negative[i] = -r[i];
-        store_row(negative, target, gradient.dtype, n);
-      }
+      for (const View& gradient : {a.grad_v, a.grad_x0})
+        if (gradient)
+          write<T>(gradient, sample, first, scratch[4], n,
+                   [=](int64_t i) FK_INLINE_LAMBDA { return r[i]; });
+      if (a.grad_noise)
+        write<T>(a.grad_noise, sample, first, scratch[4], n,
+                 [=](int64_t i) FK_INLINE_LAMBDA { return -r[i]; });
     }
     a.partial[index] = total;
   }
+}
+
+}  // namespace
+
+// With r = v - noise + x0 and c = 2 · scale · weight · grad_output:
+//   grad_v = grad_x0 = c r          grad_noise = -c r
+FK_CLONES void flow_matching(const FlowMatching& a, int64_t begin, int64_t end) {
+  if (all_bfloat16(a.v, a.x0, a.noise, a.grad_v, a.grad_x0, a.grad_noise))
+    flow_matching_items<BFloat16>(a, begin, end);
+  else
+    flow_matching_items<float>(a, begin, end);
 }
 
 void flow_matching_total(const FlowMatching& a, float* loss) {
@@ -93,16 +114,23 @@ void flow_matching_total(const FlowMatching& a, float* loss) {
 
 namespace {
 
-// The teacher's velocity after guidance.
-FK_INLINE const float* guided(const FGM& a, int64_t sample, int64_t first, float* u_row,
-                              float* uncond_row, int64_t n) {
-  const float* u = load(a.u, sample, first, u_row, n);
-  if (!a.u_uncond) return u;
-  const float* uncond = load(a.u_uncond, sample, first, uncond_row, n);
-  const float guidance = a.guidance;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) u_row[i] = uncond[i] + guidance * (u[i] - uncond[i]);
-  return u_row;
+// The teacher's velocity after guidance, as float32 unless there is none.
+template <class T>
+struct Guided {
+  const T *u, *uncond;
+  float guidance;
+
+  FK_INLINE_LAMBDA float operator()(int64_t i, std::true_type) const {
+    return widen(uncond[i]) + guidance * (widen(u[i]) - widen(uncond[i]));
+  }
+  FK_INLINE_LAMBDA float operator()(int64_t i, std::false_type) const { return widen(u[i]); }
+};
+
+template <class T>
+FK_INLINE Guided<T> guided(const FGM& a, int64_t sample, int64_t first, float* u_row,
+                           float* uncond_row, int64_t n) {
+  return {typed<T>(a.u, sample, first, u_row, n),
+          a.u_uncond ? typed<T>(a.u_uncond, sample, first, uncond_row, n) : nullptr, a.guidance};
 }
 
 // Every gradient is a combination of d and e: weights of the two, for each output.
@@ -111,66 +139,51 @@ struct Combination {
   float of_d, of_e;
 };
 
+template <class T>
 FK_INLINE void store_combination(const Combination& a, int64_t sample, int64_t first,
                                  const float* d, const float* e, float* row, int64_t n) {
-  char* target = element(a.output, sample, first);
-  float* result = target_row(target, a.output.dtype, row);
   const float of_d = a.of_d, of_e = a.of_e;
-  if (of_d == 0.f) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) result[i] = of_e * e[i];
-  } else if (of_e == 0.f) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) result[i] = of_d * d[i];
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) result[i] = of_d * d[i] + of_e * e[i];
-  }
-  store_row(result, target, a.output.dtype, n);
+  if (of_d == 0.f)
+    write<T>(a.output, sample, first, row, n,
+             [=](int64_t i) FK_INLINE_LAMBDA { return of_e * e[i]; });
+  else if (of_e == 0.f)
+    write<T>(a.output, sample, first, row, n,
+             [=](int64_t i) FK_INLINE_LAMBDA { return of_d * d[i]; });
+  else
+    write<T>(a.output, sample, first, row, n,
+             [=](int64_t i) FK_INLINE_LAMBDA { return of_d * d[i] + of_e * e[i]; });
 }
 
 FK_INLINE void zero(const View& gradient, int64_t sample, int64_t first, int64_t n) {
   std::memset(element(gradient, sample, first), 0, n * element_size(gradient.dtype));
 }
 
-}  // namespace
-
-FK_CLONES void fgm_size(const FGM& a, int64_t begin, int64_t end) {
+template <class T, class HasUncond>
+FK_INLINE void fgm_size_items(const FGM& a, int64_t begin, int64_t end, HasUncond has_uncond) {
   Scratch scratch(4, kStep);
   for (int64_t index = begin; index < end; ++index) {
     const Item item = item_at(a.extent, index);
     double total = 0.0;
     for (int64_t first = item.first; first < item.last; first += kStep) {
       const int64_t n = std::min(kStep, item.last - first);
-      const float* u = guided(a, item.sample, first, scratch[0], scratch[1], n);
-      const float* x0 = load(a.x0, item.sample, first, scratch[2], n);
-      const float* noise = load(a.noise, item.sample, first, scratch[3], n);
+      const Guided<T> u = guided<T>(a, item.sample, first, scratch[0], scratch[1], n);
+      const T* x0 = typed<T>(a.x0, item.sample, first, scratch[2], n);
+      const T* noise = typed<T>(a.noise, item.sample, first, scratch[3], n);
       float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < n; ++i) sum += std::fabs(u[i] - (noise[i] - x0[i]));
+      for (int64_t i = 0; i < n; ++i)
+        sum += std::fabs(u(i, has_uncond) - (widen(noise[i]) - widen(x0[i])));
       total += sum;
     }
     a.size[index] = total;
   }
 }
 
-void fgm_omega(const FGM& a, int64_t begin, int64_t end) {
-  for (int64_t sample = begin; sample < end; ++sample) {
-    const float weight = value_of(a.weight, sample);
-    a.omega[sample] = weight;
-    if (!a.sid) continue;
-    const double size =
-        sample_sum(a.size, sample, a.extent.chunks) / static_cast<double>(a.extent.elements);
-    a.omega[sample] =
-        weight * static_cast<float>(value_of(a.t, sample) / (2.0 * std::max(size, 1e-5)));
-  }
-}
-
-// With ω scaled by the reduction and grad_output:
-//   ∂u = ω (2λ d + 2 e), ∂u_cond = guidance ∂u, ∂u_uncond = (1 - guidance) ∂u
-//   ∂v = ω (2(1-λ) d - 2 e)      ∂x0 = 2ω d      ∂noise = -2ω d
-FK_CLONES void fgm(const FGM& a, int64_t begin, int64_t end) {
-  Scratch scratch(6, kStep);
+template <class T, class HasUncond>
+FK_INLINE void fgm_items(const FGM& a, int64_t begin, int64_t end, HasUncond has_uncond) {
+  Scratch scratch(8, kStep);
+  float* d = scratch[5];
+  float* e = scratch[6];
   for (int64_t index = begin; index < end; ++index) {
     const Item item = item_at(a.extent, index);
     const float lam = a.lam, omega = a.omega[item.sample];
@@ -192,27 +205,69 @@ FK_CLONES void fgm(const FGM& a, int64_t begin, int64_t end) {
     double total = 0.0;
     for (int64_t first = item.first; first < item.last; first += kStep) {
       const int64_t n = std::min(kStep, item.last - first);
-      const float* u = guided(a, item.sample, first, scratch[0], scratch[1], n);
-      const float* v = load(a.v, item.sample, first, scratch[1], n);
-      const float* x0 = load(a.x0, item.sample, first, scratch[2], n);
-      const float* noise = load(a.noise, item.sample, first, scratch[3], n);
-      float* d = scratch[4];
-      float* e = scratch[5];
+      const Guided<T> u = guided<T>(a, item.sample, first, scratch[0], scratch[1], n);
+      const T* v = typed<T>(a.v, item.sample, first, scratch[2], n);
+      const T* x0 = typed<T>(a.x0, item.sample, first, scratch[3], n);
+      const T* noise = typed<T>(a.noise, item.sample, first, scratch[4], n);
       float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < n; ++i) {
-        const float difference = u[i] - v[i], error = v[i] - (noise[i] - x0[i]);
+        const float velocity = widen(v[i]), difference = u(i, has_uncond) - velocity;
+        const float error = velocity - (widen(noise[i]) - widen(x0[i]));
         sum += difference * (2.f * error + lam * difference);
         d[i] = difference;
         e[i] = error;
       }
       total += sum;
-      for (int output = 0; output < 5; ++output)
-        if (outputs[output].output)
-          store_combination(outputs[output], item.sample, first, d, e, scratch[2], n);
+      for (const Combination& each : outputs)
+        if (each.output) store_combination<T>(each, item.sample, first, d, e, scratch[7], n);
     }
     a.partial[index] = total;
   }
+}
+
+FK_INLINE bool all_bfloat16(const FGM& a) {
+  return all_bfloat16(a.u, a.v, a.x0, a.noise, a.u_uncond, a.grad_u, a.grad_v, a.grad_x0,
+                      a.grad_noise, a.grad_u_uncond);
+}
+
+}  // namespace
+
+FK_CLONES void fgm_size(const FGM& a, int64_t begin, int64_t end) {
+  if (all_bfloat16(a) && a.u_uncond)
+    fgm_size_items<BFloat16>(a, begin, end, std::true_type{});
+  else if (all_bfloat16(a))
+    fgm_size_items<BFloat16>(a, begin, end, std::false_type{});
+  else if (a.u_uncond)
+    fgm_size_items<float>(a, begin, end, std::true_type{});
+  else
+    fgm_size_items<float>(a, begin, end, std::false_type{});
+}
+
+void fgm_omega(const FGM& a, int64_t begin, int64_t end) {
+  for (int64_t sample = begin; sample < end; ++sample) {
+    const float weight = value_of(a.weight, sample);
+    a.omega[sample] = weight;
+    if (!a.sid) continue;
+    const double size =
+        sample_sum(a.size, sample, a.extent.chunks) / static_cast<double>(a.extent.elements);
+    a.omega[sample] =
+        weight * static_cast<float>(value_of(a.t, sample) / (2.0 * std::max(size, 1e-5)));
+  }
+}
+
+// With ω scaled by the reduction and grad_output:
+//   ∂u = ω (2λ d + 2 e), ∂u_cond = guidance ∂u, ∂u_uncond = (1 - guidance) ∂u
+//   ∂v = ω (2(1-λ) d - 2 e)      ∂x0 = 2ω d      ∂noise = -2ω d
+FK_CLONES void fgm(const FGM& a, int64_t begin, int64_t end) {
+  if (all_bfloat16(a) && a.u_uncond)
+    fgm_items<BFloat16>(a, begin, end, std::true_type{});
+  else if (all_bfloat16(a))
+    fgm_items<BFloat16>(a, begin, end, std::false_type{});
+  else if (a.u_uncond)
+    fgm_items<float>(a, begin, end, std::true_type{});
+  else
+    fgm_items<float>(a, begin, end, std::false_type{});
 }
 
 int32_t fgm_total(const FGM& a, float* loss) {

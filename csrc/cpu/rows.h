@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 // Compiled once per instruction set; the loader picks the best that the machine has.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -148,6 +149,31 @@ FK_INLINE void write_row(char* target, DType dtype, int64_t n, const F& value) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = float_to_float16(value(i));
   }
+}
+
+// A kernel written for rows of one type T: with T = BFloat16 every operand has that dtype and is
+// read and written where it lies; with T = float other dtypes pass through `scratch`.
+template <class T>
+FK_INLINE const T* typed_row(const char* source, DType dtype, float* scratch, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) return load_row(source, dtype, scratch, n);
+  return reinterpret_cast<const T*>(source);
+}
+
+template <class T>
+FK_INLINE T* typed_target(char* target, DType dtype, float* scratch) {
+  if constexpr (std::is_same_v<T, float>) return target_row(target, dtype, scratch);
+  return reinterpret_cast<T*>(target);
+}
+
+template <class T>
+FK_INLINE void store_typed(const T* row, char* target, DType dtype, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) store_row(row, target, dtype, n);
+}
+
+// Whether every operand that is there is bfloat16.
+template <class... Views>
+FK_INLINE bool all_bfloat16(const Views&... views) {
+  return ((!views || views.dtype == DType::bfloat16) && ...);
 }
 
 // A value after rounding to `dtype`, as the next reader of the stored tensor will see it.

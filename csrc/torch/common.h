@@ -12,7 +12,6 @@
 #include <tuple>
 #include <vector>
 
-#include "../cpu/pages.h"
 #include "../cpu/rows.h"
 
 namespace flowkernels {
@@ -57,11 +56,7 @@ inline Tensor empty(const int64_t* size, int64_t dim, ScalarType dtype, const Te
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, size, stride.data(), type, device_type, device_index, &handle));
-  Tensor result(handle);
-  if (device_type == aoti_torch_device_type_cpu())
-    prefer_huge_pages(result.data_ptr(),
-                      result.numel() * static_cast<int64_t>(result.element_size()));
-  return result;
+  return Tensor(handle);
 }
 
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor& like) {
