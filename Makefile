@@ -13,6 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEVELOP := $(VENV)/.develop
 NATIVE_SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py
 # A torch that is installed already is kept; else the pinned one, by name: a plain `torch` would
 # fetch gigabytes of CUDA packages on a machine that has no GPU.
@@ -31,29 +32,43 @@ $(VENV)/.torch: constraints.txt
 $(INSTALLED): $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
 	@echo "Installing flowkernels and building its native library"
 	@$(PIP) pybind11 cmake ninja setuptools wheel 2> >(grep -v '^WARNING: Location' >&2 || true)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2 || true)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[train]' 2> >(grep -v '^WARNING: Location' >&2 || true)
 	@touch $@
+
+# What tests, benchmarks and linters need beyond that. By name: installing `.[dev]` would build the
+# native library again.
+$(DEVELOP): $(INSTALLED)
+	@echo "Installing the tools of development"
+	@$(PIP) $$($(BIN)/python -c "$$LIST_TOOLS") 2> >(grep -v '^WARNING: Location' >&2 || true)
+	@touch $@
+
+define LIST_TOOLS
+import tomllib
+extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
+print(*(name for extra in ("dev", "diffusers") for name in extras.get(extra, ()) if not name.startswith("flowkernels")))
+endef
+export LIST_TOOLS
 
 demo: $(INSTALLED)
 	@$(BIN)/flowkernels train --recipe recipes/digits-teacher.yaml
 	@$(BIN)/flowkernels distill fgm --recipe recipes/digits-fgm.yaml
 	@$(BIN)/flowkernels evaluate --recipe recipes/digits-evaluate.yaml
 
-test: $(INSTALLED)
+test: $(DEVELOP)
 	@$(BIN)/python -m pytest -q
 	@$(MAKE) --no-print-directory gpu DRY=1
 
-bench: $(INSTALLED)
+bench: $(DEVELOP)
 	@$(BIN)/python -m bench.run
 
-lint: $(INSTALLED)
+lint: $(DEVELOP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh
 
-aot: $(INSTALLED)
+aot: $(DEVELOP)
 	@$(BIN)/python -m tests.checks.aot
 
 # On a GPU machine nothing is installed: its own torch, Triton and Python are used.
