@@ -298,4 +298,5 @@ def _verify(
 
 
 def _double(value: Any) -> Any:
-    return value.detach().double() if isinstance(value, Tensor) else value
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().double() if floating else value

@@ -27,6 +27,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str):
+    if name.startswith("flowkernels.integrations."):
+        pytest.importorskip("diffusers")
     torch.manual_seed(0)
     module = importlib.import_module(name)
     assert doctest.testmod(module, globs={**vars(module), "torch": torch}).failed == 0
@@ -40,8 +42,10 @@ def test_public_functions_have_an_example():
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
 def test_readme_examples(index: int):
+    if "diffusers" in BLOCKS[index]:
+        pytest.importorskip("diffusers")
     exec(BLOCKS[index], {})
 
 
-def test_the_readme_has_its_three_examples():
-    assert len(BLOCKS) == 3
+def test_the_readme_has_its_four_examples():
+    assert len(BLOCKS) == 4

@@ -1,15 +1,8 @@
 """Modules made of the fused operators, and the exact velocity of a Gaussian mixture."""
 
-from flowkernels.nn.attention import joint_attention
 from flowkernels.nn.block import FeedForward, JointBlock
 from flowkernels.nn.config import MMDiTConfig
-from flowkernels.nn.embeddings import (
-    network_time,
-    patchify,
-    sincos_positions_2d,
-    timestep_embedding,
-    unpatchify,
-)
+from flowkernels.nn.embeddings import network_time, patchify, timestep_embedding, unpatchify
 from flowkernels.nn.mixture import (
     GaussianMixture,
     energy_distance,
@@ -18,6 +11,8 @@ from flowkernels.nn.mixture import (
     mode_weights,
 )
 from flowkernels.nn.mmdit import MMDiT
+from flowkernels.nn.positions import rotary_positions_2d, sincos_positions_2d
+from flowkernels.nn.single_block import SingleBlock
 
 __all__ = [
     "FeedForward",
@@ -25,13 +20,14 @@ __all__ = [
     "JointBlock",
     "MMDiT",
     "MMDiTConfig",
+    "SingleBlock",
     "energy_distance",
-    "joint_attention",
     "mean_log_density",
     "mode_spread",
     "mode_weights",
     "network_time",
     "patchify",
+    "rotary_positions_2d",
     "sincos_positions_2d",
     "timestep_embedding",
     "unpatchify",

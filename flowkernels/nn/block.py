@@ -3,7 +3,8 @@
 The residual chain of a block is `h ← h + gate·branch; n ← norm(h)·(1+scale)+shift`, twice per
 stream, and the second norm belongs to the *next* block. `gated_residual_norm` computes such a
 pair in one pass over memory, so a block takes its input already normed and returns its output
-normed with the modulation that follows; no norm is ever a pass of its own.
+normed with the modulation that follows; no norm is ever a pass of its own, but the one that a
+second attention (SD3.5) reads, whose modulation differs.
 
 Source: arXiv 2403.03206 (MM-DiT), arXiv 2212.09748 (adaLN-zero).
 """
@@ -14,9 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowkernels.nn.attention import Heads, joint_attention
 from flowkernels.nn.config import MMDiTConfig
-from flowkernels.ops import gated_residual_norm, gelu_tanh
+from flowkernels.nn.positions import Rope
+from flowkernels.nn.projection import QKVProjection, SelfAttention
+from flowkernels.ops import (
+    gated_residual,
+    gated_residual_norm,
+    gelu_tanh,
+    joint_attention,
+    modulated_norm,
+)
 
 Modulation = tuple[Tensor, ...]
 """Views [B, D] into one modulation matrix; their row stride is that of the whole matrix."""
@@ -31,79 +39,75 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.fc1.weight)
-        # Under autocast `hidden` is narrower than the bias: the activation stays narrow.
-        out: Tensor = self.fc2(gelu_tanh(hidden, self.fc1.bias.to(hidden.dtype)))
+        out: Tensor = self.fc2(activated(self.fc1, x))
         return out
 
 
-class QKNorm(nn.Module):
-    """RMS norm of queries and of keys over each head's channels."""
-
-    def __init__(self, head_dim: int, eps: float, *, keys_only: bool = False) -> None:
-        super().__init__()
-        self.eps = eps
-        self.q_weight = None if keys_only else nn.Parameter(torch.ones(head_dim))
-        self.k_weight = nn.Parameter(torch.ones(head_dim))
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self._norm(q, self.q_weight), self._norm(k, self.k_weight)
-
-    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        if weight is None:
-            return x
-        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
+def activated(linear: nn.Linear, x: Tensor) -> Tensor:
+    """`gelu_tanh(linear(x))`, the bias added in the activation's pass."""
+    hidden = F.linear(x, linear.weight)
+    # Under autocast `hidden` is narrower than the bias: the activation stays narrow.
+    return gelu_tanh(hidden, linear.bias.to(hidden.dtype))
 
 
-class Stream(nn.Module):
+class Stream(QKVProjection):
     """One stream's half of a joint block: its projections and its feed-forward.
 
     Args:
         config: the model's configuration.
         keys_only: the stream is only attended to (the context of the last block): it has keys
             and values, and neither queries, output projection nor feed-forward.
+        dual: the stream attends to itself alone as well.
     """
 
-    def __init__(self, config: MMDiTConfig, *, keys_only: bool = False) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.eps = config.eps
-        self.keys_only = keys_only
-        self.qkv = nn.Linear(config.dim, (2 if keys_only else 3) * config.dim)
-        self.qk_norm = (
-            QKNorm(config.head_dim, config.eps, keys_only=keys_only) if config.qk_norm else None
-        )
+    def __init__(self, config: MMDiTConfig, *, keys_only: bool = False, dual: bool = False) -> None:
+        super().__init__(config, keys_only=keys_only)
+        self.dual: SelfAttention | None = None
         if not keys_only:
             self.out = nn.Linear(config.dim, config.dim)
             self.mlp = FeedForward(config.dim, config.hidden_dim)
+            self.dual = SelfAttention(config) if dual else None
+        elif config.context_queries:
+            self._keep_queries(config)
 
-    def project(self, normed: Tensor) -> Heads:
-        """Queries, keys and values [B, S, H, E]; queries of length 0 where `keys_only`."""
-        qkv = self.qkv(normed).unflatten(-1, (-1, self.heads, normed.shape[-1] // self.heads))
-        k, v = qkv[:, :, -2], qkv[:, :, -1]
-        q = k[:, :0] if self.keys_only else qkv[:, :, 0]
-        if self.qk_norm is not None:
-            q, k = self.qk_norm(q, k)
-        return q, k, v
+    def _keep_queries(self, config: MMDiTConfig) -> None:
+        """Buffers for the query weights that diffusers' model has here, and whose result it drops.
+
+        Buffers, so that they travel with the weights to the bit: no optimiser decays them.
+        """
+        self.register_buffer("unused_q_weight", torch.zeros(config.dim, config.dim))
+        self.register_buffer("unused_q_bias", torch.zeros(config.dim))
+        if config.qk_norm:
+            self.register_buffer("unused_q_norm", torch.ones(config.head_dim))
 
     def finish(
-        self, h: Tensor, attended: Tensor, modulation: Modulation, following: Modulation
+        self,
+        h: Tensor,
+        attended: Tensor,
+        modulation: Modulation,
+        following: Modulation,
     ) -> tuple[Tensor, Tensor]:
-        """Both residual additions, each with the norm after it.
+        """The residual additions, each with the norm after it.
 
         Args:
             h: [B, S, D] the stream.
             attended: [B, S, D] output of the attention core.
-            modulation: (attention gate, shift, scale, feed-forward gate), each [B, D].
+            modulation: (attention gate, shift, scale, feed-forward gate), each [B, D]; then,
+                for a dual attention, its (shift, scale, gate).
             following: (shift, scale) of the norm after this block.
 
         Returns:
             The stream and the stream normed by `following`.
         """
-        attention_gate, shift, scale, mlp_gate = modulation
-        h, normed = gated_residual_norm(
-            h, self.out(attended), attention_gate, shift, scale, eps=self.eps
-        )
+        gate, shift, scale, mlp_gate, *dual = modulation
+        branch = self.out(attended)
+        if self.dual is not None:
+            # It reads the norm of the block's input, as the joint attention does, under another
+            # modulation.
+            second = self.dual(modulated_norm(h, *dual[:2], eps=self.eps))
+            h = gated_residual(h, branch, gate)
+            branch, gate = second, dual[2]
+        h, normed = gated_residual_norm(h, branch, gate, shift, scale, eps=self.eps)
         return gated_residual_norm(h, self.mlp(normed), mlp_gate, *following, eps=self.eps)
 
 
@@ -112,13 +116,17 @@ class JointBlock(nn.Module):
 
     Args:
         config: the model's configuration.
-        context_pre_only: the last block, whose context output nobody reads.
+        context_pre_only: the context's output is read by nobody (the last block of a model
+            without single-stream blocks).
+        dual: the image attends to itself alone as well.
     """
 
-    def __init__(self, config: MMDiTConfig, *, context_pre_only: bool = False) -> None:
+    def __init__(
+        self, config: MMDiTConfig, *, context_pre_only: bool = False, dual: bool = False
+    ) -> None:
         super().__init__()
         self.context_pre_only = context_pre_only
-        self.image = Stream(config)
+        self.image = Stream(config, dual=dual)
         self.context = Stream(config, keys_only=context_pre_only)
 
     def forward(
@@ -131,14 +139,25 @@ class JointBlock(nn.Module):
         c_modulation: Modulation,
         x_following: Modulation,
         c_following: Modulation,
+        rope: Rope | None = None,
+        key_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Takes and returns both streams, each plain and normed for what comes next.
 
         The modulations are those of `Stream.finish`; where `context_pre_only`, the context's
-        are empty and the context is returned as it came.
+        are empty and the context is returned as it came. `rope` is of the image's tokens, then
+        the context's; `key_lengths` [B, 2] int32 are the valid tokens of each.
         """
+        image, image_norms = self.image.project(x_normed)
+        context, context_norms = self.context.project(c_normed)
         x_attended, c_attended = joint_attention(
-            self.image.project(x_normed), self.context.project(c_normed)
+            image,
+            context,
+            first_norm=image_norms,
+            second_norm=context_norms,
+            rope=rope,
+            key_lengths=key_lengths,
+            eps=self.image.eps,
         )
         x, x_normed = self.image.finish(x, x_attended, x_modulation, x_following)
         if not self.context_pre_only:

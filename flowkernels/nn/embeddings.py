@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowkernels.nn.config import MMDiTConfig
+from flowkernels.nn.positions import sincos_positions_2d
+
 TIME_SCALE = 1000.0
 """Networks of the DiT line read time on a scale of 0 to 1000; everything else here uses 0 to 1."""
 
@@ -48,43 +51,10 @@ def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0) -> T
     if dim % 2:
         raise ValueError(f"dim is {dim}; it must be even")
     half = dim // 2
-    index = torch.arange(half, device=t.device, dtype=torch.float32)
-    angles = network_time(t)[:, None] * torch.exp(index * (-math.log(max_period) / half))
+    # Formed as diffusers forms it: an angle of 1000 radians shows every rounding of its frequency.
+    exponents = torch.arange(half, device=t.device, dtype=torch.float32) * -math.log(max_period)
+    angles = network_time(t)[:, None] * torch.exp(exponents / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def sincos_positions_2d(dim: int, rows: int, columns: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions, one vector per patch, row by row.
-
-    The first half encodes the column and the second the row; each is
-    `[sin(p ω_i), cos(p ω_i)]` with `ω_i = 10000^(-i / (dim/4))` (the layout of MAE, DiT, SD3).
-
-    Args:
-        dim: width, a multiple of 4.
-        rows: rows of patches.
-        columns: columns of patches.
-
-    Returns:
-        [rows·columns, dim] float32, computed in float64.
-
-    Raises:
-        ValueError: `dim` is not a multiple of 4.
-
-    Example:
-        >>> sincos_positions_2d(4, 1, 2)[0]
-        tensor([0., 1., 0., 1.])
-    """
-    if dim % 4:
-        raise ValueError(f"dim is {dim}; it must be a multiple of 4")
-    quarter = dim // 4
-    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-
-    def encode(positions: Tensor) -> Tensor:
-        angles = positions.double().flatten()[:, None] * omega
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.cat([encode(column), encode(row)], dim=-1).float()
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -103,21 +73,53 @@ def unpatchify(tokens: Tensor, channels: int, patch_size: int, grid: tuple[int, 
 
 
 class PatchEmbedding(nn.Module):
-    """`Linear(patchify(x)) + positions`: [B, C, H, W] to [B, S, D]."""
+    """`Linear(patchify(x)) + positions`: [B, C, H, W] to [B, S, D].
 
-    positions: Tensor
+    `positions` is [S, D] over the image's own grid ("sincos"), [M², D] of which the middle is
+    taken ("cropped", "learned"), or None ("rope": the tokens turn in attention instead).
+    """
 
-    def __init__(self, patch_dim: int, patch_size: int, dim: int, grid: tuple[int, int]) -> None:
+    positions: Tensor | None
+
+    def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.projection = nn.Linear(patch_dim, dim)
-        self.register_buffer("positions", sincos_positions_2d(dim, *grid), persistent=False)
+        self.patch_size = config.patch_size
+        self.projection = nn.Linear(config.patch_dim, config.dim)
+        if config.positions == "rope":
+            self.register_buffer("positions", None)
+        elif config.positions == "sincos":
+            self.table_shape = config.grid
+            table = sincos_positions_2d(config.dim, *config.grid)
+            self.register_buffer("positions", table, persistent=False)
+        else:
+            side = config.table_side
+            self.table_shape = (side, side)
+            # The table spans the field of view of the training grid, however many patches
+            # share it: SD3's 192² patches stand at the coordinates 0 to 64 of its 64² grid.
+            spacing = config.grid[0] / side
+            table = sincos_positions_2d(config.dim, side, side, spacing=spacing)
+            if config.positions == "learned":
+                self.positions = nn.Parameter(table)
+            else:
+                self.register_buffer("positions", table)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens: Tensor = self.projection(
             patchify(x, self.patch_size).to(self.projection.weight.dtype)
         )
-        return tokens + self.positions.to(tokens.dtype)
+        if self.positions is None:
+            return tokens
+        rows, columns = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+        return tokens + self._crop(self.positions, rows, columns).to(tokens.dtype)
+
+    def _crop(self, positions: Tensor, rows: int, columns: int) -> Tensor:
+        """The middle [rows·columns, D] of the table."""
+        height, width = self.table_shape
+        if (rows, columns) == (height, width):
+            return positions
+        top, left = (height - rows) // 2, (width - columns) // 2
+        table = positions.unflatten(0, (height, width))
+        return table[top : top + rows, left : left + columns].flatten(0, 1)
 
 
 class VectorEmbedding(nn.Module):

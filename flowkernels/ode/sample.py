@@ -70,15 +70,42 @@ def guided(pair: Pair, guidance: float) -> Tensor:
     return v_cond if v_uncond is None else torch.lerp(v_uncond, v_cond, guidance)
 
 
+class _Calls:
+    """`velocity_pair` with the conditions of a whole run: joined once, not at every call."""
+
+    def __init__(
+        self,
+        velocity: Velocity,
+        conditions: dict[str, Tensor],
+        uncond: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.velocity = velocity
+        self.guided = uncond is not None
+        self.conditions = conditions if uncond is None else _joined(conditions, uncond)
+
+    def rows(self, x: Tensor) -> int:
+        """The batch of a call: t has as many."""
+        return 2 * len(x) if self.guided else len(x)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Pair:
+        if not self.guided:
+            return self.velocity(x, t, **self.conditions), None
+        v_cond, v_uncond = self.velocity(torch.cat([x, x]), t, **self.conditions).chunk(2)
+        return v_cond, v_uncond
+
+
 class _Field:
     """The (guided) velocity of one sampling run, at one time for all rows."""
 
-    def __init__(self, evaluate: Callable[[Tensor, Tensor], Pair], guidance: float) -> None:
+    def __init__(
+        self, evaluate: Callable[[Tensor, Tensor], Pair], rows: int, guidance: float
+    ) -> None:
         self.evaluate = evaluate
+        self.rows = rows
         self.guidance = guidance
 
     def pair(self, x: Tensor, t: float) -> Pair:
-        return self.evaluate(x, torch.full((len(x),), t, device=x.device, dtype=torch.float32))
+        return self.evaluate(x, torch.full((self.rows,), t, device=x.device, dtype=torch.float32))
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         return guided(self.pair(x, t), self.guidance)
@@ -220,10 +247,9 @@ def sample(
     elif uncond is None:
         uncond = null_conditions(velocity, conditions)
 
-    def evaluate(x: Tensor, t: Tensor) -> Pair:
-        return velocity_pair(velocity, x, t, conditions, uncond)
-
-    field = _Field(_graphed(evaluate, noise) if cuda_graph else evaluate, guidance)
+    calls = _Calls(velocity, conditions, uncond)
+    rows = calls.rows(noise)
+    field = _Field(_graphed(calls, noise, rows) if cuda_graph else calls, rows, guidance)
     stepper = _METHODS[method]()
     times = schedule.times.tolist()
     x, states = noise, [noise]
@@ -271,7 +297,7 @@ def _progress(steps: range, show: bool) -> Iterable[int]:
     return track(steps, description="sampling")
 
 
-def _graphed(evaluate: Callable[[Tensor, Tensor], Pair], noise: Tensor) -> Any:
+def _graphed(evaluate: Callable[[Tensor, Tensor], Pair], noise: Tensor, rows: int) -> Any:
     if noise.device.type != "cuda":
         warnings.warn(
             f"cuda_graph ignored: noise is on {noise.device.type}, and CUDA graphs need a CUDA "
@@ -279,7 +305,7 @@ def _graphed(evaluate: Callable[[Tensor, Tensor], Pair], noise: Tensor) -> Any:
             stacklevel=4,
         )
         return evaluate
-    return _GraphedField(evaluate, noise)
+    return _GraphedField(evaluate, noise, rows)
 
 
 class _GraphedField:
@@ -289,9 +315,11 @@ class _GraphedField:
     into the same memory; beside a network's forward the copy is nothing.
     """
 
-    def __init__(self, evaluate: Callable[[Tensor, Tensor], Pair], noise: Tensor) -> None:
+    def __init__(
+        self, evaluate: Callable[[Tensor, Tensor], Pair], noise: Tensor, rows: int
+    ) -> None:
         self.x = noise.clone()
-        self.t = torch.ones(len(noise), device=noise.device, dtype=torch.float32)
+        self.t = torch.ones(rows, device=noise.device, dtype=torch.float32)
         # Lazily made state (cuBLAS handles, Triton kernels) must exist before the capture.
         with torch.cuda.device(noise.device):
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

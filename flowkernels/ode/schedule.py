@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,46 @@ class Schedule:
         return Schedule(
             torch.tensor(times, dtype=torch.float64), origin=str(value.get("origin", "json"))
         )
+
+    def to_diffusers(self, scheduler: Any, device: str | torch.device | None = None) -> Any:
+        """Have a flow-matching scheduler of diffusers walk exactly these times.
+
+        They become its levels as they are: `set_timesteps(sigmas=...)` would shift them (again).
+        One of `flowkernels.integrations` holds the schedule from then on. One of diffusers' own
+        forgets it at its next `set_timesteps`, which every pipeline calls: it serves loops that
+        call `step` themselves.
+
+        Args:
+            scheduler: FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler or ours.
+            device: where its `timesteps` and `sigmas` are put; None leaves them on the CPU.
+
+        Returns:
+            The same scheduler.
+
+        Raises:
+            TypeError: it is another scheduler.
+        """
+        hold = getattr(scheduler, "set_schedule", None)
+        if hold is not None:
+            hold(self, device)
+            return scheduler
+        classes = {kind.__name__ for kind in type(scheduler).__mro__}
+        heun = "FlowMatchHeunDiscreteScheduler" in classes
+        if not heun and "FlowMatchEulerDiscreteScheduler" not in classes:
+            raise TypeError(
+                f"scheduler is a {type(scheduler).__name__}; it must be a flow-matching Euler or "
+                "Heun scheduler of diffusers or flowkernels.integrations"
+            )
+        levels = 1 - self.times if scheduler.config.get("invert_sigmas") else self.times
+        shown = levels[:-1] * scheduler.config.num_train_timesteps
+        if heun:  # each level but the first and the last is visited twice
+            levels = torch.cat([levels[:1], levels[1:-1].repeat_interleave(2), levels[-1:]])
+            shown = torch.cat([shown[:1], shown[1:].repeat_interleave(2)])
+            scheduler.prev_derivative = scheduler.dt = None
+        scheduler.sigmas, scheduler.timesteps = levels.float().to(device), shown.float().to(device)
+        scheduler.num_inference_steps = self.steps
+        scheduler._step_index = scheduler._begin_index = None
+        return scheduler
 
     @staticmethod
     def uniform(n: int) -> Schedule:

@@ -83,6 +83,11 @@ def define(
     return Operator(name, schema, fake, triton=triton, native_cuda=native_cuda)
 
 
+def implement_on_cpu(name: str, function: Callable[..., Any]) -> None:
+    """Serve the CPU key of ``flowkernels::name`` from Python, where it is calls of torch's own."""
+    _LIBRARY.impl(name, function, "CPU")
+
+
 @dataclass(frozen=True)
 class Function:
     """A public function: which backends it has on which device."""
@@ -165,6 +170,11 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+def forced() -> str | None:
+    """The backend that a surrounding :func:`backend` forces; None outside one."""
+    return _forced
 
 
 def choose(name: str, device: torch.device, served: bool) -> str:

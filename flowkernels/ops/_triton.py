@@ -2,7 +2,9 @@
 
 ``launch`` is the one way to start a kernel: it skips empty grids, selects the device, and can be
 intercepted (:func:`intercepted`), which is how kernels are compiled ahead of time: launchers run on
-meta tensors and every kernel, signature and option that they would launch is seen.
+meta tensors and every kernel, signature and option that they would launch is seen. Where the choice
+of a kernel's options depends on the chip, :func:`capability_of` says which, and
+:func:`compiling_for` what it says where there is none.
 """
 
 from __future__ import annotations
@@ -31,6 +33,29 @@ def intercepted(
         yield
     finally:
         _interceptor = previous
+
+
+# Of tensors on no GPU: the oldest chip served, whose kernels run on all.
+_compiled_for = 80
+
+
+@contextmanager
+def compiling_for(capability: int) -> Iterator[None]:
+    """Inside, launchers choose for this compute capability (90: Hopper) on meta and CPU tensors."""
+    global _compiled_for
+    previous, _compiled_for = _compiled_for, capability
+    try:
+        yield
+    finally:
+        _compiled_for = previous
+
+
+def capability_of(device: torch.device) -> int:
+    """The compute capability 10·major + minor of a device."""
+    if device.type != "cuda":
+        return _compiled_for
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -100,15 +125,18 @@ class Partials:
         self._like = like
         self._pending: list[tuple[Tensor, Tensor, int, int, int, int]] = []
 
-    def sink(self, gradient: Tensor | None) -> Tensor | None:
-        """Where the first stage writes for ``gradient``: itself, or the partial rows of its sum."""
+    def sink(self, gradient: Tensor | None, chunks: int | None = None) -> Tensor | None:
+        """Where the first stage writes for ``gradient``: itself, or the partial rows of its sum.
+
+        ``chunks`` where this gradient has a number of chunks of its own.
+        """
         if gradient is None:
             return None
         keeps_rows = per_row(gradient)
         keeps_batch = gradient.dim() >= 2 and gradient.shape[0] == self._batch
         if keeps_rows and keeps_batch:
             return gradient
-        chunks = self._rows if keeps_rows else self._chunks
+        chunks = self._rows if keeps_rows else (self._chunks if chunks is None else chunks)
         partial = self._like.new_empty((self._batch, chunks, self._columns), dtype=torch.float32)
         if keeps_rows:  # [1, S, D]: a sum over the batch
             geometry = (chunks, self._batch, 1, chunks)

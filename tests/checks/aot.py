@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -34,6 +35,8 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # float32 and bfloat16 models, and activations in bfloat16 under float32 modulation.
 SWEEP_DTYPES = ("bfloat16", "float32", "mixed_bf16_fp32")
+CORE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ATTENTION_CORE = "flowkernels.ops.attention._core"
 
 
 class Job(NamedTuple):
@@ -49,7 +52,10 @@ class Job(NamedTuple):
 
     def __str__(self) -> str:
         types = " ".join(kind for _, kind in self.signature if kind.startswith("*"))
-        shape = " ".join(f"{name}={value}" for name, value in self.options)
+        names = [name for name, _ in self.signature]
+        given = [(names[path[0]], value) for path, value in self.constants]
+        constants = [(name, value) for name, value in given if name.isupper()]
+        shape = " ".join(f"{name}={value}" for name, value in (*constants, *self.options))
         return f"{self.kernel} sm_{self.arch} [{types}] {shape}"
 
 
@@ -60,14 +66,31 @@ class Report(NamedTuple):
     shared: int
     async_copies: int
     widest_load: int
+    tma_loads: int
+    wgmma: int
+    tf32_products: int
 
     def problems(self, job: Job) -> list[str]:
         found = []
-        if self.spill_stores or self.spill_loads:
+        allowed = spills_allowed(job)
+        if allowed is not None and max(self.spill_stores, self.spill_loads) > allowed:
             found.append(f"spills {self.spill_stores} B out, {self.spill_loads} B in")
+        if self.tf32_products:
+            found.append(f"{self.tf32_products} TF32 products")
         if self.shared > SHARED_LIMIT[job.arch]:
             found.append(f"{self.shared} B of shared memory, limit {SHARED_LIMIT[job.arch]}")
         return [f"{job}: {each}" for each in found]
+
+
+def spills_allowed(job: Job) -> int | None:
+    """Bytes, None for any number: a row-wise kernel spills nothing, attention's tiles may a little.
+
+    float32 attention is there to be right, and is reported only.
+    """
+    if not job.module.startswith(ATTENTION_CORE):
+        return 0
+    kinds = {kind for name, kind in job.signature if name in ("q", "grad_out")}
+    return None if "*fp32" in kinds else 128
 
 
 @contextlib.contextmanager
@@ -91,7 +114,7 @@ def _unaligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def launches(
-    case: OpCase, shape: Shape, dtypes: str, variant: str, aligned: bool
+    case: OpCase, shape: Shape, dtypes: str, variant: str, aligned: bool, arch: int = 90
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """(kernel, arguments, options) of everything that forward and backward would launch."""
     from flowkernels.ops import _triton
@@ -106,6 +129,7 @@ def launches(
 
     with (
         _launchers_on_meta(),
+        _triton.compiling_for(arch),
         _triton.intercepted(
             lambda kernel, grid, args, options: seen.append((kernel, args, options))
         ),
@@ -170,11 +194,48 @@ def jobs(
             ]
             plan += [(shapes[0], each, other, True) for other in others for each in SWEEP_DTYPES]
         for number, entry in enumerate(plan):
-            for kernel, args, options in launches(case, *entry):
-                for arch in architectures:
-                    # The small set looks at sm_90 in all of it, at the others in two dtypes.
-                    if not small or arch == 90 or number < 2:
+            for arch in architectures:
+                # The small set looks at sm_90 in all of it, at the others in two dtypes.
+                if not small or arch == 90 or number < 2:
+                    for kernel, args, options in launches(case, *entry, arch):
                         found[job_of(kernel, args, options, arch)] = None
+    return list(found)
+
+
+# (head width, dtype, whether samples have lengths, whether TMA may read): every tile of the core's
+# table. A tensor that all samples share has a stride of 0, which TMA refuses.
+CORE_SWEEP = (
+    *((E, dtype, True, True) for E in (32, 64, 80, 128, 256) for dtype in CORE_DTYPES),
+    *((E, torch.bfloat16, False, True) for E in (64, 128)),
+    *((E, torch.bfloat16, True, False) for E in (64, 80, 128)),
+)
+
+
+def core_jobs(
+    architectures: Iterable[int] = ARCHITECTURES,
+    settings: Iterable[tuple[int, torch.dtype, bool, bool]] = CORE_SWEEP,
+) -> list[Job]:
+    """The attention core's kernels, launched as a pass over 24 heads would."""
+    from flowkernels.ops import _triton
+    from flowkernels.ops.attention import core_kernels
+
+    seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    found: dict[Job, None] = {}
+    for arch, (width, dtype, ragged, tma) in itertools.product(architectures, settings):
+        q, k, v, grad = torch.empty((4, 2, 1357, 24, width), dtype=dtype, device="meta")
+        lengths = torch.empty(2, dtype=torch.int32, device="meta") if ragged else None
+        if not tma:
+            q, k, v, grad = (x[:1].expand_as(x) for x in (q, k, v, grad))
+        with (
+            _triton.compiling_for(arch),
+            _triton.intercepted(
+                lambda kernel, grid, args, options: seen.append((kernel, args, options))
+            ),
+        ):
+            out, lse = core_kernels.attention_forward(q, k, v, lengths, 0.125)
+            core_kernels.attention_backward(grad, q, k, v, out, lse, lengths, 0.125)
+        found |= dict.fromkeys(job_of(*launch, arch) for launch in seen)
+        seen.clear()
     return list(found)
 
 
@@ -191,7 +252,7 @@ def compile_job(job: Job) -> Report:
         constexprs=dict(job.constants),
         attrs={key: [list(item) for item in value] for key, value in job.attributes},
     )
-    identity = f"{triton.__version__} {source.hash()} {job.options} {job.arch} 1"
+    identity = f"{triton.__version__} {source.hash()} {job.options} {job.arch} 2"
     cached = _cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Report(*json.loads(cached.read_text()))
@@ -230,6 +291,9 @@ def _read(log: str, ptx: str, shared: int) -> Report:
         shared,
         len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
         max(bits, default=0),
+        ptx.count("cp.async.bulk.tensor"),
+        len(re.findall(r"wgmma\.mma_async\.", ptx)),
+        len(re.findall(r"mma\S*\.tf32|kind::tf32", ptx)),
     )
 
 
@@ -248,19 +312,24 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int)
     options = parser.parse_args(arguments)
     cases = [case for case in all_cases() if not options.names or case.name in options.names]
-    if not cases:
-        parser.error(f"no op of that name; there are {', '.join(c.name for c in all_cases())}")
+    if not cases and "attention_core" not in options.names:
+        names = [case.name for case in all_cases()]
+        parser.error(f"no op of that name; there are {', '.join(names)}, attention_core")
     wanted = jobs(cases, options.arch or ARCHITECTURES, small=options.small)
+    if "attention_core" in options.names or not (options.names or options.small):
+        wanted += core_jobs(options.arch or ARCHITECTURES)
     print(f"{len(wanted)} kernels to compile", flush=True)
     problems: list[str] = []
     for job, report in compile_all(wanted, options.workers):
         print(
             f"{report.registers:4d} registers {report.shared:6d} B shared "
-            f"{report.widest_load:4d}-bit loads {report.async_copies:3d} async copies  {job}",
+            f"{report.spill_stores:4d} B spilt {report.widest_load:4d}-bit loads "
+            f"{report.async_copies:3d} async copies {report.tma_loads:3d} TMA loads "
+            f"{report.wgmma:3d} wgmma  {job}",
             flush=True,
         )
         problems += report.problems(job)
-    print("\n".join(problems) or f"{len(wanted)} kernels: no spills, shared memory within limits")
+    print("\n".join(problems) or f"{len(wanted)} kernels: spills and shared memory within limits")
     return 1 if problems else 0
 
 

@@ -83,6 +83,9 @@ class OpCase:
         allowed: Maps any random shape of the same rank to one that the op takes (an even last
             size, say).
         second_order: False where gradients of gradients are documented not to exist.
+        peer: Where the reference backend is more accurate than what PyTorch itself does in these
+            dtypes (it keeps an attention's output in float32, say), PyTorch's way, called as
+            ``function``: the yardstick for values and first-order gradients.
         resets: Called before each evaluation with the inputs, for arguments that the op changes.
     """
 
@@ -102,6 +105,7 @@ class OpCase:
     allowed: Callable[[Shape], Shape] = lambda shape: shape
     second_order: bool = True
     resets: Callable[[Inputs], None] | None = None
+    peer: Callable[..., Any] | None = None
 
     def inputs(
         self,

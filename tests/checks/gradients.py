@@ -85,7 +85,7 @@ class GradientChecks(CaseChecks):
             ours = self._one_output(self.case.function, inputs, needs, index)
             truth = self._one_output(self.case.reference, to_double(inputs), needs, index)
             with flowkernels.backend("reference"):
-                peer = self._one_output(self.case.function, inputs, needs, index)
+                peer = self._one_output(self.case.peer or self.case.function, inputs, needs, index)
             assert_agrees(ours, peer, truth)
 
     def _one_output(self, function, inputs, needs, index) -> Result:
@@ -123,7 +123,7 @@ class GradientChecks(CaseChecks):
             ours = Result([], dict(zip(needs, found, strict=True)))
             truth = self._gradients(self.case.reference, to_double(inputs), needs, grads)
             with flowkernels.backend("reference"):
-                peer = self._gradients(self.case.function, inputs, needs, grads)
+                peer = self._gradients(self.case.peer or self.case.function, inputs, needs, grads)
             assert_agrees(ours, peer, truth)
 
     def _gradients(self, function, inputs, needs, grads) -> Result:

@@ -10,6 +10,7 @@ import numpy as np
 def prepare() -> None:
     """For a process with TRITON_INTERPRET=1, before its first kernel."""
     _round_like_hardware()
+    _multiply_like_hardware()
     _patch_language_once()
 
 
@@ -33,6 +34,39 @@ def _round_like_hardware() -> None:
         return original(data, source, target, rounding_mode)
 
     interpreter._convert_float = convert
+
+
+def _multiply_like_hardware() -> None:
+    """``tl.dot`` with the products and sums that the hardware makes.
+
+    Of bfloat16 operands the interpreter multiplies the integers of their bits (Triton 3.6 and 3.7):
+    here they are widened to float32, where their products are exact. Of float32 ones the fused
+    multiply-adds of an "ieee" product go along k in order, so that an element has the same bits in
+    whatever tile it is computed; NumPy's order depends on the shape.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widened(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        bits = operand.data.view(np.uint16).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def in_order(a: Any, b: Any, total: Any) -> Any:
+        left, right = a.astype(np.float64), b.astype(np.float64)
+        for k in range(left.shape[1]):
+            total = (total + left[:, k, None] * right[k]).astype(np.float32)
+        return total
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.float32 and d.data.dtype == np.float32:
+            return interpreter.TensorHandle(in_order(a.data, b.data, d.data), tl.float32)
+        return original(self, widened(a), widened(b), d, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def _patch_language_once() -> None:

@@ -8,6 +8,7 @@ import torch
 from flowkernels.nn import (
     network_time,
     patchify,
+    rotary_positions_2d,
     sincos_positions_2d,
     timestep_embedding,
     unpatchify,
@@ -43,6 +44,30 @@ def test_positions_equal_the_formula():
                 expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             torch.testing.assert_close(out[row * columns + column], torch.tensor(expected))
     assert len(out.unique(dim=0)) == 15
+
+
+def test_spacing_shrinks_the_table():
+    """Three patches a third apart stand within the field of one."""
+    fine, coarse = sincos_positions_2d(8, 7, 7, spacing=1 / 3), sincos_positions_2d(8, 3, 3)
+    torch.testing.assert_close(fine.view(7, 7, 8)[::3, ::3], coarse.view(3, 3, 8))
+
+
+def test_rotations_equal_the_formula():
+    axes, rows, columns, context = (2, 4, 6), 3, 2, 2
+    cos, sin = rotary_positions_2d(axes, rows, columns, context=context, theta=100.0)
+    assert cos.shape == sin.shape == (8, 12)
+    assert cos.dtype == sin.dtype == torch.float32
+    places = [(0, row, column) for row in range(rows) for column in range(columns)]
+    for token, coordinates in enumerate(places + [(0, 0, 0)] * context):
+        angles = [
+            place * 100.0 ** (-2 * (i // 2) / axis)
+            for place, axis in zip(coordinates, axes, strict=True)
+            for i in range(axis)
+        ]
+        # the last bit of float32
+        expected = torch.tensor(angles, dtype=torch.float64)
+        torch.testing.assert_close(cos[token], expected.cos().float(), rtol=0, atol=1e-7)
+        torch.testing.assert_close(sin[token], expected.sin().float(), rtol=0, atol=1e-7)
 
 
 def test_patchify_equals_a_strided_convolution():

@@ -5,148 +5,39 @@ import json
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from flowkernels.nn import MMDiT, MMDiTConfig
 from flowkernels.nn import block as block_module
-from flowkernels.nn.embeddings import patchify, sincos_positions_2d, timestep_embedding, unpatchify
-
-CLASS_CONFIG = MMDiTConfig(
-    image_size=(4, 6),
-    in_channels=3,
-    patch_size=2,
-    dim=24,
-    depth=3,
-    heads=2,
-    num_classes=5,
-    class_tokens=2,
-)
-TEXT_CONFIG = MMDiTConfig(
-    image_size=4,
-    in_channels=2,
-    patch_size=1,
-    dim=16,
-    depth=2,
-    heads=2,
-    mlp_ratio=3.0,
-    text_dim=7,
-    pooled_dim=9,
-    qk_norm=True,
-    frequency_dim=32,
+from flowkernels.nn import single_block as single_block_module
+from tests.nn.plain import (
+    CLASS_CONFIG,
+    CONFIGS,
+    DUAL_CONFIG,
+    FLUX_CONFIG,
+    TEXT_CONFIG,
+    build,
+    inputs,
+    run,
 )
 
-
-def build(config, seed=0, scale=0.3):
-    """A model with no zeros in it, so that every weight matters."""
-    torch.manual_seed(seed)
-    model = MMDiT(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=scale)
-    return model
+EVERY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def inputs(config, rows=3, dtype=torch.float32):
-    torch.manual_seed(1)
-    x = torch.randn(rows, config.in_channels, *config.image_shape).to(dtype)
-    t = torch.rand(rows)
-    if config.text_dim is None:
-        return x, t, {"labels": torch.randint(0, config.num_classes + 1, (rows,))}
-    text = torch.randn(rows, 5, config.text_dim).to(dtype)
-    return x, t, {"text": text, "pooled": torch.randn(rows, config.pooled_dim).to(dtype)}
+def changed(config, **options):
+    return MMDiTConfig.from_dict({**config.to_dict(), **options})
 
 
-def plain(weights, config, x, t, labels=None, text=None, pooled=None):
-    """The same network from its weights, in the plainest PyTorch: no fusion, no views."""
-    D, H, depth = config.dim, config.heads, config.depth
-
-    def linear(name, h):
-        return h @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    def vector_mlp(name, h):
-        return linear(f"{name}.fc2", F.silu(linear(f"{name}.fc1", h)))
-
-    def norm(h, shift, scale):
-        mean, variance = h.mean(-1, keepdim=True), h.var(-1, unbiased=False, keepdim=True)
-        return (h - mean) / (variance + config.eps).sqrt() * (1 + scale) + shift
-
-    def heads(h, name, count):
-        parts = linear(f"{name}.qkv", h).chunk(count, -1)
-        parts = [p.reshape(*p.shape[:2], H, D // H).transpose(1, 2) for p in parts]
-        if config.qk_norm:
-            for index, weight in ((-2, "k_weight"), *([(-3, "q_weight")] if count == 3 else [])):
-                p = parts[index]
-                rms = (p.square().mean(-1, keepdim=True) + config.eps).sqrt()
-                parts[index] = p / rms * weights[f"{name}.qk_norm.{weight}"]
-        return parts
-
-    positions = sincos_positions_2d(D, *config.grid).to(x.dtype)
-    h = linear("patch_embedding.projection", patchify(x, config.patch_size)) + positions
-    vector = vector_mlp("time_embedding", timestep_embedding(t, config.frequency_dim).to(x.dtype))
-    if text is None:
-        vector = vector + weights["class_embedding.weight"][labels]
-        c = weights["context_embedding.table.weight"][labels].view(len(x), -1, D)
-    else:
-        vector = vector + vector_mlp("pooled_embedding", pooled)
-        c = linear("context_embedding", text)
-    vector = F.silu(vector)
-    for i in range(depth):
-        last = i == depth - 1
-        mods = [m[:, None] for m in linear(f"modulations.{i}", vector).split(D, -1)]
-        x_mod, c_mod = mods[:6], mods[6:]
-        q, k, v = heads(norm(h, *x_mod[:2]), f"blocks.{i}.image", 3)
-        context = heads(norm(c, *c_mod[:2]), f"blocks.{i}.context", 2 if last else 3)
-        q = q if last else torch.cat([q, context[0]], 2)
-        k, v = torch.cat([k, context[-2]], 2), torch.cat([v, context[-1]], 2)
-        out = (q @ k.mT / (D // H) ** 0.5).softmax(-1) @ v
-        out = out.transpose(1, 2).flatten(2)
-        streams = [("image", h, x_mod, out[:, : h.shape[1]])]
-        if not last:
-            streams.append(("context", c, c_mod, out[:, h.shape[1] :]))
-        done = []
-        for stream, s, (_, _, gate1, shift2, scale2, gate2), attended in streams:
-            name = f"blocks.{i}.{stream}"
-            s = s + gate1 * linear(f"{name}.out", attended)
-            hidden = F.gelu(linear(f"{name}.mlp.fc1", norm(s, shift2, scale2)), approximate="tanh")
-            done.append(s + gate2 * linear(f"{name}.mlp.fc2", hidden))
-        h, c = done[0], done[-1]
-    shift, scale = (m[:, None] for m in linear("final_modulation", vector).chunk(2, -1))
-    out = linear("final", norm(h, shift, scale))
-    return unpatchify(out, config.in_channels, config.patch_size, config.grid)
-
-
-def gradients_of(function, x, weights):
-    """(output, gradient of x, gradients of the weights) of a fixed random functional."""
-    x = x.detach().requires_grad_()
-    out = function(x)
-    torch.manual_seed(2)
-    weight = torch.randn(x.shape, dtype=torch.float64).to(out.dtype)
-    return out, *torch.autograd.grad((out * weight).sum(), [x, *weights])
-
-
-def run(config, dtype):
-    """(model, plain) in `dtype`, each an output and all gradients."""
-    model = build(config).to(dtype)
-    x, t, conditions = inputs(config, dtype=dtype)
-    weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    mine = gradients_of(lambda x: model(x, t, **conditions), x, list(model.parameters()))
-    other = gradients_of(
-        lambda x: plain(weights, config, x, t, **conditions), x, list(weights.values())
-    )
-    return mine, other
-
-
-@pytest.mark.parametrize("config", [CLASS_CONFIG, TEXT_CONFIG], ids=["classes", "text"])
+@EVERY
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_output_and_gradients_equal_plain_pytorch_in_float64(config, checkpointing):
-    config = MMDiTConfig.from_dict({**config.to_dict(), "gradient_checkpointing": checkpointing})
+    config = changed(config, gradient_checkpointing=checkpointing)
     for mine, expected in zip(*run(config, torch.float64), strict=True):
         # float64 rounding through a few layers, of the largest entry
         scale = expected.abs().max().item()
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-11 * scale)
 
 
-@pytest.mark.parametrize("config", [CLASS_CONFIG, TEXT_CONFIG], ids=["classes", "text"])
+@EVERY
 def test_float32_is_as_near_to_float64_as_plain_pytorch(config):
     """At most twice as far from the truth as the plain network in float32, plus a rounding.
 
@@ -165,13 +56,11 @@ def test_float32_is_as_near_to_float64_as_plain_pytorch(config):
     assert error(mine) <= 2 * error(other) + 2**-23
 
 
-def test_checkpointing_changes_nothing():
+@EVERY
+def test_checkpointing_changes_nothing(config):
     results = []
     for checkpointing in (False, True):
-        config = MMDiTConfig.from_dict(
-            {**CLASS_CONFIG.to_dict(), "gradient_checkpointing": checkpointing}
-        )
-        model = build(config)
+        model = build(changed(config, gradient_checkpointing=checkpointing))
         x, t, conditions = inputs(config)
         out = model(x, t, **conditions)
         results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
@@ -199,9 +88,35 @@ def test_modulation_reaches_the_operators_as_strided_views(monkeypatch):
     assert all(v.shape == (3, D) and v._is_view() for views in seen for v in views)
 
 
-def test_starts_as_the_zero_velocity_and_learns_from_the_first_step():
-    model = MMDiT(CLASS_CONFIG)
-    x, t, conditions = inputs(CLASS_CONFIG)
+def test_norms_of_single_blocks_are_fused_across_their_borders(monkeypatch):
+    """Each takes the norm of the block before it: none is a pass of its own after the first."""
+    calls = []
+    for module, name in ((block_module, "joint"), (single_block_module, "single")):
+        original = module.gated_residual_norm
+
+        def spy(residual, x, gate, shift, scale, _original=original, _name=name, **options):
+            calls.append((_name, tuple(residual.shape), shift.stride()))
+            return _original(residual, x, gate, shift, scale, **options)
+
+        monkeypatch.setattr(module, "gated_residual_norm", spy)
+    model = build(FLUX_CONFIG)
+    x, t, conditions = inputs(FLUX_CONFIG)
+    model(x, t, **conditions)
+    D = FLUX_CONFIG.dim
+    joint = [call for call in calls if call[0] == "joint"]
+    # The last joint block norms both streams by the first single block's chunks of 3 D.
+    assert [call[2] for call in joint[-4:]] == [(12 * D, 1), (3 * D, 1)] * 2
+    # 6 image tokens and 5 of text, joined; the last norm is the final layer's.
+    assert calls[len(joint) :] == [
+        ("single", (3, 11, D), (3 * D, 1)),
+        ("single", (3, 11, D), (2 * D, 1)),
+    ]
+
+
+@EVERY
+def test_starts_as_the_zero_velocity_and_learns_from_the_first_step(config):
+    model = MMDiT(config)
+    x, t, conditions = inputs(config)
     out = model(x, t, **conditions)
     assert torch.equal(out, torch.zeros_like(out))
     (out - x).square().sum().backward()
@@ -218,11 +133,62 @@ def test_labels_matter_and_leaving_them_out_is_no_class():
     assert torch.equal(model(x, t, **nothing), by_class[5])
 
 
-def test_null_conditions_of_text_are_zeros():
-    _, _, conditions = inputs(TEXT_CONFIG)
-    nothing = build(TEXT_CONFIG).null_conditions(conditions)
+@EVERY
+def test_every_parameter_gets_a_gradient(config):
+    model = build(config)
+    x, t, conditions = inputs(config)
+    model(x, t, **conditions).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("config", [TEXT_CONFIG, DUAL_CONFIG, FLUX_CONFIG])
+def test_padded_text_is_as_if_it_were_not_there(config):
+    model = build(config).double()
+    x, t, conditions = inputs(config, dtype=torch.float64, lengths=False)
+    lengths = torch.tensor([5, 2, 0])
+    whole = model(x, t, text_lengths=lengths, **conditions)
+    for row, length in enumerate(lengths):
+        one = {name: value[row : row + 1] for name, value in conditions.items()}
+        one["text"] = one["text"][:, :length]
+        alone = model(x[row : row + 1], t[row : row + 1], **one)
+        # float64 sums over other numbers of keys
+        torch.testing.assert_close(whole[row : row + 1], alone, rtol=0, atol=1e-12)
+    # And what stands in the padding is read by nobody.
+    conditions["text"][1, 2:] = 1e3
+    assert torch.equal(model(x, t, text_lengths=lengths, **conditions), whole)
+
+
+@EVERY
+def test_null_conditions_say_nothing(config):
+    _, _, conditions = inputs(config)
+    model = build(config)
+    nothing = model.null_conditions(conditions)
     assert {n: v.shape for n, v in nothing.items()} == {n: v.shape for n, v in conditions.items()}
-    assert all(not v.any() for v in nothing.values())
+    for name in ("text", "pooled"):
+        assert not nothing.get(name, torch.zeros(1)).any()
+    for name in ("guidance", "text_lengths"):
+        assert nothing.get(name) is conditions.get(name)
+    x, t, _ = inputs(config)
+    assert model(x, t, **nothing).isfinite().all()
+
+
+def test_guidance_matters():
+    model = build(FLUX_CONFIG)
+    x, t, conditions = inputs(FLUX_CONFIG)
+    out = model(x, t, **conditions)
+    assert not torch.allclose(model(x, t, **{**conditions, "guidance": torch.ones(3)}), out)
+
+
+@pytest.mark.parametrize("config", [DUAL_CONFIG, FLUX_CONFIG])
+def test_other_image_sizes(config):
+    """A table is cropped, rotations are computed: no size but the table's is a limit."""
+    model = build(config)
+    _, t, conditions = inputs(config)
+    for height, width in ((2, 2), (10, 4)):
+        x = torch.randn(3, config.in_channels, height, width)
+        assert model(x, t, **conditions).shape == x.shape
 
 
 def test_unconditional_model_and_single_block():
@@ -232,18 +198,23 @@ def test_unconditional_model_and_single_block():
     out.sum().backward()
 
 
-def test_each_sample_is_independent_and_batches_may_be_empty():
-    model = build(CLASS_CONFIG)
-    x, t, conditions = inputs(CLASS_CONFIG, rows=4)
+@EVERY
+def test_each_sample_is_independent_and_batches_may_be_empty(config):
+    model = build(config)
+    x, t, conditions = inputs(config)
     whole = model(x, t, **conditions)
-    one = model(x[2:3], t[2:3], labels=conditions["labels"][2:3])
-    torch.testing.assert_close(whole[2:3], one, rtol=1e-4, atol=1e-4)
-    assert model(x[:0], t[:0], labels=conditions["labels"][:0]).shape == (0, 3, 4, 6)
+    one = model(x[2:3], t[2:3], **{name: value[2:3] for name, value in conditions.items()})
+    scale = whole.abs().max().item()
+    # float32 through products of other shapes
+    torch.testing.assert_close(whole[2:3], one, rtol=0, atol=1e-5 * scale)
+    none = model(x[:0], t[:0], **{name: value[:0] for name, value in conditions.items()})
+    assert none.shape == (0, *x.shape[1:])
 
 
-def test_bfloat16_weights_and_autocast():
-    model = build(CLASS_CONFIG, scale=0.05)
-    x, t, conditions = inputs(CLASS_CONFIG)
+@EVERY
+def test_bfloat16_weights_and_autocast(config):
+    model = build(config, scale=0.05)
+    x, t, conditions = inputs(config)
     exact = model(x, t, **conditions)
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = model(x, t, **conditions)
@@ -256,7 +227,7 @@ def test_bfloat16_weights_and_autocast():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [CLASS_CONFIG, TEXT_CONFIG], ids=["classes", "text"])
+@EVERY
 def test_torch_compile_takes_the_whole_graph(config):
     torch._dynamo.reset()
     model = build(config)
@@ -272,17 +243,56 @@ def test_torch_compile_takes_the_whole_graph(config):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(scale))
 
 
-def test_state_dict_holds_weights_only_and_round_trips():
-    model, other = build(CLASS_CONFIG, seed=0), build(CLASS_CONFIG, seed=1)
+@pytest.mark.slow
+@EVERY
+def test_one_graph_serves_every_batch_and_text(config):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = build(config).requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    # Sizes that no fixed dimension has: dynamo takes equal numbers for the same number.
+    for rows, tokens in ((11, 5), (2, 4), (8, 2)):
+        x, t, conditions = inputs(config, rows)
+        if "text" in conditions:
+            conditions["text"] = conditions["text"][:, :tokens].clone()
+        out = compiled(x, t, **conditions)
+        torch.testing.assert_close(out, model(x, t, **conditions), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
+@EVERY
+def test_state_dict_holds_weights_only_and_round_trips(config):
+    model, other = build(config, seed=0), build(config, seed=1)
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
     other.load_state_dict(model.state_dict())
-    x, t, conditions = inputs(CLASS_CONFIG)
+    x, t, conditions = inputs(config)
     assert torch.equal(model(x, t, **conditions), other(x, t, **conditions))
 
 
+def test_kept_queries_and_a_stored_table_are_buffers():
+    """What nobody trains travels with the weights all the same."""
+    options = {"positions": "cropped", "context_queries": True}
+    state = build(changed(DUAL_CONFIG, **options)).state_dict()
+    extra = set(state) - set(dict(build(DUAL_CONFIG).named_parameters()))
+    name = "blocks.2.context.unused_q_"
+    assert extra == {name + "weight", name + "bias", name + "norm"}
+    assert state["patch_embedding.positions"].shape == (25, 16)
+    assert "patch_embedding.positions" not in dict(
+        MMDiT(changed(DUAL_CONFIG, **options)).named_parameters()
+    )
+
+
 def test_config_round_trips_through_json():
-    for config in (CLASS_CONFIG, TEXT_CONFIG):
+    for config in CONFIGS.values():
         assert MMDiTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    # A dictionary from before there were variants means what it meant.
+    old = {"image_size": [4, 6], "in_channels": 3, "dim": 24, "depth": 3, "heads": 2}
+    assert MMDiTConfig.from_dict({**old, "num_classes": 5, "class_tokens": 2}) == CLASS_CONFIG
     assert CLASS_CONFIG.grid == (2, 3)
     assert CLASS_CONFIG.patch_dim == 12
     with pytest.raises(ValueError, match="unknown MMDiTConfig key width"):
@@ -305,6 +315,18 @@ def test_config_round_trips_through_json():
         ({"mlp_ratio": -1.0}, "mlp_ratio is -1.0"),
         ({"frequency_dim": 3}, "frequency_dim is 3"),
         ({"eps": 0.0}, "eps is 0.0"),
+        ({"positions": "none"}, "positions is 'none'; it must be one of sincos"),
+        ({"positions": "cropped", "position_side": 15}, "position_side is 15; .* at least 16"),
+        ({"position_side": 0}, "position_side is 0"),
+        ({"positions": "rope"}, r"rope_axes is \(16, 56, 56\); .* add up to dim / heads = 64"),
+        ({"positions": "rope", "rope_axes": (32, 32)}, r"rope_axes is \(32, 32\)"),
+        ({"positions": "rope", "rope_axes": (31, 31, 2)}, "rope_axes is"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"single_depth": -1}, "single_depth is -1"),
+        ({"dual_attention": (6,)}, r"dual_attention is \(6,\); .* from 0 to 5"),
+        ({"dual_attention": [1, 1]}, r"dual_attention is \(1, 1\)"),
+        ({"dual_attention": 2}, "dual_attention is 2"),
+        ({"context_queries": True, "single_depth": 1}, "context_queries is True"),
     ],
 )
 def test_bad_configuration_is_named(options, message):
@@ -333,3 +355,28 @@ def test_bad_inputs_are_named():
         model(x, t, text=text, pooled=pooled[:, :3])
     with pytest.raises(ValueError, match="num_classes=0"):
         model(x, t, text=text, pooled=pooled, labels=labels)
+    with pytest.raises(ValueError, match=r"guidance is given: .* guidance_embed=False"):
+        model(x, t, text=text, pooled=pooled, guidance=t)
+    for lengths, message in (
+        (torch.tensor([1]), r"text_lengths has shape \(1,\); it needs \(2,\)"),
+        (torch.tensor([1.0, 2.0]), "text_lengths has dtype torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(x, t, text=text, pooled=pooled, text_lengths=lengths)
+    with pytest.raises(ValueError, match="text_lengths is given"):
+        build(CLASS_CONFIG)(torch.randn(2, 3, 4, 6), t, text_lengths=labels)
+
+
+def test_bad_inputs_of_the_variants_are_named():
+    x, t, conditions = inputs(FLUX_CONFIG)
+    model, guidance = build(FLUX_CONFIG), conditions.pop("guidance")
+    with pytest.raises(ValueError, match="guidance is missing"):
+        model(x, t, **conditions)
+    with pytest.raises(ValueError, match=r"guidance has shape \(\); it needs \(3,\)"):
+        model(x, t, guidance=guidance[0], **conditions)
+    for shape in ((3, 2, 5, 4), (3, 2, 0, 4), (3, 3, 4, 4), (2, 4, 4)):
+        with pytest.raises(ValueError, match=r"x has shape .* multiples of patch_size=2"):
+            model(torch.randn(shape), t, guidance=guidance, **conditions)
+    x, t, conditions = inputs(DUAL_CONFIG)
+    with pytest.raises(ValueError, match="its sides may be at most 10"):
+        build(DUAL_CONFIG)(torch.randn(3, 3, 4, 12), t, **conditions)

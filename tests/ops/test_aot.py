@@ -43,7 +43,7 @@ def test_aligned_operands_are_read_in_whole_vectors(reports, arch: int):
         found = [
             aot.job_of(kernel, args, options, arch)
             for kernel, args, options in aot.launches(
-                case, case.benchmark_shapes[0], "float32", case.variants[0], True
+                case, case.benchmark_shapes[0], "float32", case.variants[0], True, arch
             )
         ]
         # The second stages of reductions walk over columns of partial results.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.checks import OpCase, OpChecks, draw
-from tests.checks.aot import _read
+from tests.checks.aot import Report, _read
 from tests.checks.case import Setting, spread, strided
 from tests.checks.compare import assert_close
 from tests.checks.contexts import poisoned_memory
@@ -141,4 +141,4 @@ def test_the_log_of_ptxas_is_read():
     )
     ptx = "ld.global.v4.b32 {a}; ld.global.L1::evict_last.b16 x; cp.async.cg.shared.global y;"
     report = _read(log, ptx, 512)
-    assert report == (48, 16, 8, 512, 1, 128)
+    assert report == Report(48, 16, 8, 512, 1, 128, tma_loads=0, wgmma=0, tf32_products=0)
