@@ -36,6 +36,4 @@ def share(shape: tuple[int, ...] = SHAPE, calls: int = 3) -> float:
 if __name__ == "__main__":
     found = share()
     print(f"joint block {'x'.join(map(str, SHAPE))}, float32, forward and backward on the CPU:")
-    print(
-        f"matrix products and attention take {found:.1%}; the ceiling is {1 / found:.2f} times eager"
-    )
+    print(f"matrix products and attention take {found:.1%}: at most {1 / found:.2f} times eager")

@@ -62,6 +62,11 @@ def flow_matching(v: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     return F.mse_loss(v.float(), noise.float() - x0.float())
 
 
+def straightening(v: Tensor, x_start: Tensor, x_end: Tensor, dt: Tensor) -> Tensor:
+    step = dt.view(-1, *[1] * (v.dim() - 1))
+    return F.mse_loss(v.float(), (x_end.float() - x_start.float()) / step)
+
+
 def fgm(u: Tensor, v: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     u, v, w = u.float(), v.float(), noise.float() - x0.float()
     return (2 * (u - v) * (v - w)).flatten(1).mean(1).mean()

@@ -66,8 +66,9 @@ def target(
 
     Args:
         family: "norm", "gated", "heads", "joint", "normed joint", "padded joint", "loss", "step",
-            "sampler", "block", "optimiser" (clip and two averages), "optimiser without momentum"
-            or anything else, which has none.
+            "sampler", "adaptive solver", "fixed solver", "bellman", "block",
+            "optimiser" (clip and two averages), "optimiser without momentum" or anything else,
+            which has none.
         device: "cpu" or "cuda".
         direction: "forward" or "forward+backward".
         elements: of the largest operand.
@@ -103,6 +104,12 @@ def target(
         return Target(eager=3.0, compile=2.0 if small else 1.5)
     if family == "step":
         return Target(bandwidth=0.90) if device == "cuda" else Target(eager=2.0)
+    if family == "bellman":
+        return Target(eager=20.0)
+    if family == "adaptive solver":
+        return Target(eager=4.0)  # of torchdiffeq's steps, outside func
+    if family == "fixed solver":
+        return Target(eager=2.0)
     if family == "sampler":
         # Time outside the model at most half of diffusers', guidance included.
         return Target() if device == "cuda" else Target(eager=2.0)

@@ -36,6 +36,10 @@ def _drawn_truth(inputs: list[Any], outputs: list[torch.Tensor]) -> list[torch.T
     return [peers.interpolate(x0, t, outputs[1]), outputs[1]]
 
 
+def _straightening_inputs(random: Random, shape: tuple[int, ...]) -> list[Any]:
+    return [*_tensors(3, random, shape), -0.05 - random.times(shape[0])]
+
+
 def _fgm_inputs(random: Random, shape: tuple[int, ...]) -> list[Any]:
     return [*_tensors(4, random, shape), random.times(shape[0])]
 
@@ -52,6 +56,11 @@ FLOW_MATCHING = Operation(
     name="flow_matching", family="loss", make=lambda r, s: _tensors(3, r, s),
     ours=losses.flow_matching, eager=peers.flow_matching,
     names=("v", "x0", "noise"), gradients=(0,), one_pass=True,
+)  # fmt: skip
+STRAIGHTENING = Operation(
+    name="straightening", family="loss", make=_straightening_inputs,
+    ours=losses.straightening, eager=peers.straightening,
+    names=("v", "x_start", "x_end", "dt"), gradients=(0,), one_pass=True,
 )  # fmt: skip
 FGM = Operation(
     name="fgm", family="loss", make=_fgm_inputs, ours=losses.fgm, eager=peers.fgm,
@@ -78,7 +87,7 @@ def cases(context: Context) -> list[Case]:
     shapes = latent_shapes(context.level)
     found = [
         case
-        for operation in (FLOW_MATCHING, FGM)
+        for operation in (FLOW_MATCHING, STRAIGHTENING, FGM)
         for case in cases_of(operation, shapes, tiny=TINY)
         # A loss is computed to be differentiated.
         if case.direction == "forward+backward" or context.level == "full"

@@ -22,7 +22,7 @@ T = TypeVar("T")
 _OVERVIEW = """\
 usage: flowkernels COMMAND [OPTIONS]
 
-Train a flow-matching teacher, distil it into a one-step generator, look at the result.
+Train a flow-matching teacher, distil it into a generator of one step or a few, look at the result.
 
 {commands}
 
@@ -206,6 +206,21 @@ def _distill_fgm(program: str, rest: list[str]) -> None:
     _parse(FGMRecipe, program, rest).build().run()
 
 
+def _distill_boss(program: str, rest: list[str]) -> None:
+    from flowkernels.train.boss import BOSSRecipe
+
+    _parse(BOSSRecipe, program, rest).run()
+
+
+def _schedule(program: str, rest: list[str]) -> None:
+    from flowkernels.train.scheduling import SCHEDULES, ScheduleConfig, schedule
+
+    config = _parse(ScheduleConfig, program, rest)
+    schedule(config)
+    for name in (SCHEDULES, "schedules.png"):
+        print(Path(config.output) / name)
+
+
 def _sample(program: str, rest: list[str]) -> None:
     from flowkernels.train.sampling import SampleConfig, sample_images
 
@@ -251,6 +266,8 @@ def _info(program: str, rest: list[str]) -> None:
 _COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "train": ("train a flow-matching teacher on images", _train),
     "distill fgm": ("distil a teacher into a one-step generator", _distill_fgm),
+    "distill boss": ("distil a teacher into students of a few steps", _distill_boss),
+    "schedule": ("a teacher's best few steps, and what they should buy", _schedule),
     "sample": ("draw images from a finished run", _sample),
     "evaluate": ("accuracy, Fréchet distance and time of teacher and student", _evaluate),
     "bench": ("time the operators against PyTorch (in a checkout)", _bench),

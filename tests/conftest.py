@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if INTERPRETED:
-        kept = [item for item in items if item.get_closest_marker("interpreter")]
+        kept = [item for item in items if _is_interpretable(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
         return
@@ -36,3 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def _is_interpretable(item: pytest.Item) -> bool:
+    """Marked for the interpreter, and of an op that has a Triton kernel."""
+    from flowkernels.ops import _library
+
+    case = getattr(getattr(item, "cls", None), "case", None)
+    if case is not None and not _library.FUNCTIONS[case.name].triton:
+        return False
+    return item.get_closest_marker("interpreter") is not None

@@ -233,7 +233,7 @@ def test_train_distill_sample_evaluate(
     text = capsys.readouterr().out
     assert "Fréchet distance" in text
     assert "evaluation/results.json" in text
-    assert "teacher: student holds a one-step generator" in fails(
+    assert "teacher: student holds a student of few steps" in fails(
         capsys, 2, "distill", "fgm", "--teacher", "student"
     )
 

@@ -60,6 +60,7 @@ FK_INLINE void flow_matching_items(const FlowMatching& a, int64_t begin, int64_t
     if (a.rescale && grad_output == 1.f) continue;
     const float factor =
         2.f * static_cast<float>(loss_scale(a.extent)) * value_of(a.weight, sample) * grad_output;
+    const float inverse = 1.f / value_of(a.dt, sample);
     double total = 0.0;
     for (int64_t first = item.first; first < item.last; first += kStep) {
       const int64_t n = std::min(kStep, item.last - first);
@@ -69,18 +70,20 @@ FK_INLINE void flow_matching_items(const FlowMatching& a, int64_t begin, int64_t
       float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < n; ++i) {
-        const float residual = widen(v[i]) - (widen(noise[i]) - widen(x0[i]));
+        const float residual = widen(v[i]) - (widen(noise[i]) - widen(x0[i])) * inverse;
         sum += residual * residual;
         r[i] = factor * residual;
       }
       total += sum;
-      for (const View& gradient : {a.grad_v, a.grad_x0})
-        if (gradient)
-          write<T>(gradient, sample, first, scratch[4], n,
-                   [=](int64_t i) FK_INLINE_LAMBDA { return r[i]; });
+      if (a.grad_v)
+        write<T>(a.grad_v, sample, first, scratch[4], n,
+                 [=](int64_t i) FK_INLINE_LAMBDA { return r[i]; });
+      if (a.grad_x0)
+        write<T>(a.grad_x0, sample, first, scratch[4], n,
+                 [=](int64_t i) FK_INLINE_LAMBDA { return inverse * r[i]; });
       if (a.grad_noise)
         write<T>(a.grad_noise, sample, first, scratch[4], n,
-                 [=](int64_t i) FK_INLINE_LAMBDA { return -r[i]; });
+                 [=](int64_t i) FK_INLINE_LAMBDA { return -inverse * r[i]; });
     }
     a.partial[index] = total;
   }
@@ -88,8 +91,9 @@ FK_INLINE void flow_matching_items(const FlowMatching& a, int64_t begin, int64_t
 
 }  // namespace
 
-// With r = v - noise + x0 and c = 2 · scale · weight · grad_output:
-//   grad_v = grad_x0 = c r          grad_noise = -c r
+// With r = v - (noise - x0) / dt (dt is 1 where there is none) and
+// c = 2 · scale · weight · grad_output:
+//   grad_v = c r     grad_x0 = c r / dt     grad_noise = -c r / dt
 FK_CLONES void flow_matching(const FlowMatching& a, int64_t begin, int64_t end) {
   if (all_bfloat16(a.v, a.x0, a.noise, a.grad_v, a.grad_x0, a.grad_noise))
     flow_matching_items<BFloat16>(a, begin, end);

@@ -1,6 +1,7 @@
 // Losses over samples: the loss and its gradients in one pass over the operands.
 //
 //   flow_matching: mean (v - w)²                                 w = noise - x0
+//   straightening: the same                                      w = (x_end - x_start) / dt
 //   fgm:           ω mean (2 d e + lam d²)                       d = u - v, e = v - w
 //                  u = u_uncond + guidance (u - u_uncond), ω = weight (t / 2max(mean|u - w|, 1e-5))
 //
@@ -28,11 +29,12 @@ FK_INLINE double loss_scale(const LossExtent& a) {
   return a.reduction == Reduction::none ? mean : mean / static_cast<double>(a.batch);
 }
 
+// x0 and noise stand for x_start and x_end where there is a dt.
 struct FlowMatching {
   LossExtent extent;
   View v, x0, noise;
   View grad_v, grad_x0, grad_noise;  // outputs; empty where not wanted
-  PerSample weight, grad_output;
+  PerSample dt, weight, grad_output;
   bool rescale;     // leave alone what grad_output = 1 gave already
   double* partial;  // [batch, chunks]
 };

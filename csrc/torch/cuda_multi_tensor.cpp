@@ -1,25 +1,10 @@
 // flowkernels::grad_norm, adamw_ema_ and ema_ on CUDA.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include "../cuda/multi_tensor.cuh"
+#include "cuda_common.h"
 #include "multi_tensor.h"
 
 namespace flowkernels {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
-
-cudaStream_t stream_of(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));
-}
 
 cuda::Scalar scalar_of(const OptionalTensor& tensor, const Tensor& like, const char* name) {
   if (!tensor) return {};

@@ -33,12 +33,13 @@ std::vector<Tensor> listed(std::initializer_list<Tensor> first, std::vector<Tens
 }
 
 FlowMatching describe(const Tensor& v, const Tensor& x0, const Tensor& noise,
-                      const OptionalTensor& weight, int64_t reduction) {
+                      const OptionalTensor& dt, const OptionalTensor& weight, int64_t reduction) {
   FlowMatching a{};
   a.extent = extent_of(v, reduction);
   a.v = samples_view(v, "v", v);
   a.x0 = samples_view(x0, "x0", v);
   a.noise = samples_view(noise, "noise", v);
+  a.dt = per_sample(dt, "dt", v, 1.f);
   a.weight = per_sample(weight, "weight", v, 1.f);
   return a;
 }
@@ -59,9 +60,9 @@ void run(FlowMatching& a, std::vector<double>& partial) {
 }
 
 std::vector<Tensor> flow_matching_forward(const Tensor v, const Tensor x0, const Tensor noise,
-                                          const OptionalTensor weight, int64_t reduction,
-                                          int64_t wanted) {
-  FlowMatching a = describe(v, x0, noise, weight, reduction);
+                                          const OptionalTensor dt, const OptionalTensor weight,
+                                          int64_t reduction, int64_t wanted) {
+  FlowMatching a = describe(v, x0, noise, dt, weight, reduction);
   WantedOutputs outputs(v, wanted);
   take_gradients(a, v, x0, noise, outputs);
   std::vector<double> partial;
@@ -73,9 +74,9 @@ std::vector<Tensor> flow_matching_forward(const Tensor v, const Tensor x0, const
 
 std::vector<Tensor> flow_matching_backward(const Tensor grad_output, const Tensor v,
                                            const Tensor x0, const Tensor noise,
-                                           const OptionalTensor weight, int64_t reduction,
-                                           int64_t wanted) {
-  FlowMatching a = describe(v, x0, noise, weight, reduction);
+                                           const OptionalTensor dt, const OptionalTensor weight,
+                                           int64_t reduction, int64_t wanted) {
+  FlowMatching a = describe(v, x0, noise, dt, weight, reduction);
   a.grad_output = per_sample(grad_output, "grad_output", v, 1.f);
   WantedOutputs outputs(v, wanted);
   take_gradients(a, v, x0, noise, outputs);
@@ -86,8 +87,9 @@ std::vector<Tensor> flow_matching_backward(const Tensor grad_output, const Tenso
 
 void flow_matching_rescale(const std::vector<Tensor> gradients, const Tensor grad_output,
                            const Tensor v, const Tensor x0, const Tensor noise,
-                           const OptionalTensor weight, int64_t reduction, int64_t wanted) {
-  FlowMatching a = describe(v, x0, noise, weight, reduction);
+                           const OptionalTensor dt, const OptionalTensor weight, int64_t reduction,
+                           int64_t wanted) {
+  FlowMatching a = describe(v, x0, noise, dt, weight, reduction);
   a.grad_output = per_sample(grad_output, "grad_output", v, 1.f);
   if (is_one(a.grad_output)) return;
   a.rescale = true;

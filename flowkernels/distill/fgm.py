@@ -6,7 +6,6 @@ and why the split form is exact.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from flowkernels.distill.method import (
     scaled,
     split_batch,
     standard_normal_like,
+    trainable,
 )
 from flowkernels.distill.times import TimeSampling
 from flowkernels.losses import fgm, flow_matching, interpolate
@@ -120,8 +120,8 @@ class FGM(Method):
         sigma_star = t_star if sigma_star is None else sigma_star
         _check_options(lam, weighting, guidance, fake_steps, t_star, sigma_star, frozen_mode)
         check_reduction(reduction)
-        self.generator = _trainable(generator, teacher, "generator")
-        self.fake = _trainable(fake, teacher, "fake")
+        self.generator = trainable(generator, teacher, "generator")
+        self.fake = trainable(fake, teacher, "fake")
         if self.generator is self.fake:
             raise ValueError("generator and fake are the same object; each needs its own weights")
         self.teacher = teacher.requires_grad_(False).eval()
@@ -240,16 +240,6 @@ class FGM(Method):
             reduction=self.reduction,
             **options,
         )
-
-
-def _trainable(network: nn.Module | None, teacher: nn.Module, name: str) -> nn.Module:
-    """The network given, or a copy of the teacher with weights that ask for gradients."""
-    if network is teacher:
-        raise ValueError(f"{name} is the teacher itself; it needs its own weights")
-    network = copy.deepcopy(teacher).requires_grad_(True).train() if network is None else network
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise ValueError(f"{name} has no weights to train; pass a network that has")
-    return network
 
 
 def _check_options(

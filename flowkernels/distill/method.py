@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
@@ -137,6 +138,20 @@ def null_conditions_of(
             "that method"
         )
     return make
+
+
+def trainable(network: nn.Module | None, teacher: nn.Module, name: str) -> nn.Module:
+    """The network given, or a copy of the teacher with weights that ask for gradients.
+
+    Raises:
+        ValueError: it is the teacher itself, or has no weights to train; names the argument.
+    """
+    if network is teacher:
+        raise ValueError(f"{name} is the teacher itself; it needs its own weights")
+    network = copy.deepcopy(teacher).requires_grad_(True).train() if network is None else network
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(f"{name} has no weights to train; pass a network that has")
+    return network
 
 
 @contextlib.contextmanager

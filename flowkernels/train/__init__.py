@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flowkernels.train.boss import BOSSRecipe
     from flowkernels.train.config import DataConfig, OptimConfig, TrainConfig
     from flowkernels.train.data import Loader, load_dataset
     from flowkernels.train.errors import DataError, RunFailed, UsageError
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from flowkernels.train.frechet import frechet_distance
     from flowkernels.train.recipe_file import load_recipe
     from flowkernels.train.recipes import FGMRecipe, TeacherRecipe
+    from flowkernels.train.scheduling import ScheduleConfig, schedule
     from flowkernels.train.trainer import Trainer
 
 _HOMES = {
+    "BOSSRecipe": "boss",
     "DataConfig": "config",
     "DataError": "errors",
     "EvaluateConfig": "evaluate",
@@ -28,6 +31,7 @@ _HOMES = {
     "Loader": "data",
     "OptimConfig": "config",
     "RunFailed": "errors",
+    "ScheduleConfig": "scheduling",
     "TeacherRecipe": "recipes",
     "TrainConfig": "config",
     "TrainedModel": "export",
@@ -37,9 +41,11 @@ _HOMES = {
     "load_dataset": "data",
     "load_model": "export",
     "load_recipe": "recipe_file",
+    "schedule": "scheduling",
 }
 
 __all__ = [
+    "BOSSRecipe",
     "DataConfig",
     "DataError",
     "EvaluateConfig",
@@ -47,6 +53,7 @@ __all__ = [
     "Loader",
     "OptimConfig",
     "RunFailed",
+    "ScheduleConfig",
     "TeacherRecipe",
     "TrainConfig",
     "TrainedModel",
@@ -56,6 +63,7 @@ __all__ = [
     "load_dataset",
     "load_model",
     "load_recipe",
+    "schedule",
 ]
 
 

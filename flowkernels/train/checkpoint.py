@@ -104,7 +104,7 @@ def load_checkpoint(path: str | Path) -> tuple[int, Any]:
         if manifest["format"] != _FORMAT:
             raise DamagedCheckpoint(f"format {manifest['format']} is not {_FORMAT}")
         for name in (_TENSORS, _STATE):
-            if _fingerprint(path / name) != manifest["files"][name]:
+            if fingerprint(path / name) != manifest["files"][name]:
                 raise DamagedCheckpoint(f"{name} does not match its checksum")
         tensors = load_file(path / _TENSORS)
         tree = json.loads((path / _STATE).read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ def _write(folder: Path, step: int, state: Any) -> None:
     tree = encode(state, tensors)
     save_file(_unshared(tensors), folder / _TENSORS)
     (folder / _STATE).write_text(json.dumps(tree), encoding="utf-8")
-    files = {name: _fingerprint(folder / name) for name in (_TENSORS, _STATE)}
+    files = {name: fingerprint(folder / name) for name in (_TENSORS, _STATE)}
     manifest = {"format": _FORMAT, "step": step, "files": files}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for name in (_TENSORS, _STATE, _MANIFEST):
@@ -158,7 +158,8 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _fingerprint(path: Path) -> dict[str, int]:
+def fingerprint(path: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file."""
     checksum, size = 0, 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

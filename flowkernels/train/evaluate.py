@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from flowkernels.ode import Schedule, uniform
+from flowkernels.ode.bellman import BellmanSchedules
 from flowkernels.train.classifier import Classifier, cached_classifier
 from flowkernels.train.data import ImageDataset, load_dataset
 from flowkernels.train.errors import UsageError
-from flowkernels.train.export import TrainedModel, load_model
+from flowkernels.train.export import MODEL, TrainedModel, load_model
 from flowkernels.train.files import write_json
 from flowkernels.train.frechet import frechet_distance
 from flowkernels.train.pictures import save_grid
@@ -26,9 +28,11 @@ _BATCH = 500
 
 @dataclass
 class EvaluateConfig:
-    """Compare a teacher at several step counts with its one-step student, on the same noises.
+    """Compare a teacher at several step counts with its students, on the same noises.
 
     flowkernels evaluate --recipe recipes/digits-evaluate.yaml
+
+    flowkernels evaluate --recipe recipes/digits-boss-evaluate.yaml
 
     flowkernels evaluate --teacher runs/my-teacher --student runs/my-student --output runs/judged
     """
@@ -38,13 +42,21 @@ class EvaluateConfig:
     teacher: str = "runs/digits-teacher"
     """Folder of the finished teacher run."""
     student: str | None = "runs/digits-fgm"
-    """Folder of the finished student run. None: the teacher alone."""
+    """Folder of the finished one-step student run. None: no such student."""
+    students: tuple[str, ...] = ()
+    """Folders of finished students of a few steps, or folders of such runs (OUTPUT of distill
+    boss)."""
+    schedules: str | None = None
+    """schedules.json of `flowkernels schedule`: the teacher at those steps, untrained, too."""
     output: str = "runs/digits-evaluate"
     """Folder for results.json, samples.png and the classifier that judges."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)
     """Step counts of the teacher."""
     samples: int = 2000
     """Generated images per row of the table."""
+    reference_steps: int | None = None
+    """Steps of the teacher, 100 say, to whose images every row is compared noise by noise. None:
+    no paired error."""
     guidance: float = 1.0
     """Classifier-free guidance scale of the teacher; 1 is none."""
     seed: int = 0
@@ -58,6 +70,9 @@ class EvaluateConfig:
             raise UsageError(f"samples: got {self.samples}, needs at least 2")
         if not self.steps or min(self.steps) < 1:
             raise UsageError(f"steps: got {self.steps}, needs step counts >= 1")
+        reference = self.reference_steps
+        if reference is not None and reference < 1:
+            raise UsageError(f"reference_steps: got {reference}, needs a step count >= 1")
 
 
 @dataclass
@@ -73,10 +88,13 @@ class Row:
     """Fréchet distance to all real images, in the classifier's features."""
     seconds_per_1000: float | None
     """Time to generate 1,000 images."""
+    paired_error: float | None = None
+    """Root mean squared difference, of values in [-1, 1], to the teacher's images of the same
+    noises at `reference_steps`."""
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Row]:
-    """Judge a teacher and its student by a classifier that has seen only real images.
+    """Judge a teacher and its students by a classifier that has seen only real images.
 
     Every row uses the same noises and labels. The first row is the floor: the Fréchet distance
     between two random halves of the real images. Between finite sets of the same law the distance
@@ -85,7 +103,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Row
 
     Returns:
         The rows; also written to `<output>/results.json`, with `<output>/samples.png`: for the same
-        noises, the teacher at its most steps, at one step, and the student.
+        noises, the teacher at its most steps, at one step, and the students.
 
     Raises:
         UsageError: a run is missing or damaged, or the two are of different images.
@@ -95,8 +113,11 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Row
     device = resolve_device(config.device)
     teacher = load_model(config.teacher, device)
     student = None if config.student is None else load_model(config.student, device)
-    if student is not None and student.shape != teacher.shape:
-        raise UsageError(f"student: makes images {student.shape}, the teacher {teacher.shape}")
+    few = [load_model(folder, device) for folder in _student_folders(config.students)]
+    for model in [*few, *([] if student is None else [student])]:
+        if model.shape != teacher.shape:
+            raise UsageError(f"student: makes images {model.shape}, the teacher {teacher.shape}")
+    schedules = _schedules(config.schedules)
     dataset = load_dataset(teacher.data)
     with console.status("training the classifier on real images"):
         judge = cached_classifier(config.output, dataset, config.seed)
@@ -104,24 +125,74 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Row
     real_features, _ = judge.judge(_all_images(dataset))
     noise, labels = _noises(config, teacher, device)
 
-    def measure(name: str, model: TrainedModel, steps: int, guidance: float = 1.0) -> None:
+    reference: Tensor | None = None
+
+    def measure(
+        name: str,
+        model: TrainedModel,
+        steps: int,
+        guidance: float = 1.0,
+        schedule: Schedule | None = None,
+    ) -> Tensor:
         with console.status(f"{name}, {steps} step{'s' if steps > 1 else ''}"):
             images, seconds = _timed(
-                lambda n, c: model.generate(n, steps, c, guidance), noise, labels, device
+                lambda n, c: model.generate(n, steps, c, guidance, schedule), noise, labels, device
             )
             features, predicted = judge.judge(images)
         right = float("nan") if labels is None else (predicted == labels.cpu()).double().mean()
         distance = frechet_distance(features.numpy(), real_features.numpy())
-        rows.append(Row(name, steps, float(right), distance, 1000 * seconds / config.samples))
+        paired = None if reference is None else float((images - reference).square().mean().sqrt())
+        speed = 1000 * seconds / config.samples
+        rows.append(Row(name, steps, float(right), distance, speed, paired))
+        return images
 
+    if config.reference_steps is not None:
+        reference = measure("teacher", teacher, config.reference_steps, config.guidance)
     for steps in config.steps:
-        measure("teacher", teacher, steps, config.guidance)
+        if steps != config.reference_steps:
+            measure("teacher", teacher, steps, config.guidance)
+    for steps, schedule in schedules.items():
+        measure("teacher, Bellman steps", teacher, steps, config.guidance, schedule)
     if student is not None:
         measure("student", student, 1)
+    for model in few:
+        for steps in model.schedules:
+            measure(_name(model, steps), model, steps)
     floor = rows[0].frechet * _size_bias(len(dataset), config.samples)
-    _write(config, rows, floor, teacher, student, noise, labels)
+    _write(
+        config, rows, floor, teacher, [*few, *([] if student is None else [student])], noise, labels
+    )
     console.print(_table(rows, config, floor))
     return rows
+
+
+def _student_folders(given: tuple[str, ...]) -> list[Path]:
+    """Each run's folder: those given, or the runs that they hold."""
+    found = []
+    for folder in map(Path, given):
+        runs = [folder] if (folder / MODEL).is_file() else sorted(folder.glob(f"k*/{MODEL}"))
+        if not runs:
+            raise UsageError(f"students: {folder} holds no finished student (model.json)")
+        found += [run if run == folder else run.parent for run in runs]
+    return found
+
+
+def _schedules(path: str | None) -> dict[int, Schedule]:
+    if path is None:
+        return {}
+    try:
+        return BellmanSchedules.load(path).schedules
+    except (OSError, ValueError) as error:
+        raise UsageError(f"schedules: {path}: {' '.join(str(error).split())}") from error
+
+
+def _name(model: TrainedModel, steps: int) -> str:
+    """What a student of a few steps is called in the table."""
+    path = model.info["schedules"]["path"]
+    if path != "teacher":
+        return "reflow" if path == "reflow" else "reflow, at the steps"
+    even = torch.allclose(model.schedules[steps].times, uniform(steps).times)
+    return "straightened, even steps" if even else "BOSS"
 
 
 def _size_bias(real: int, samples: int) -> float:
@@ -182,15 +253,18 @@ def _table(rows: list[Row], config: EvaluateConfig, floor: float) -> Table:
         caption=f"real vs real: two halves; for sets as large as the others', about {floor:.2f}",
     )
     table.add_column("images")
-    for heading in ("steps", "class accuracy", "Fréchet distance", "s / 1,000 images"):
+    paired = config.reference_steps is not None
+    headings = ["steps", "class accuracy", "Fréchet distance", "s / 1,000 images"]
+    for heading in [*headings, *(["paired error"] if paired else [])]:
         table.add_column(heading, justify="right")
     for row in rows:
         seconds = "" if row.seconds_per_1000 is None else f"{row.seconds_per_1000:.3f}"
         steps = "" if row.steps is None else str(row.steps)
-        style = "bold" if row.name == "student" else None
-        table.add_row(
-            row.name, steps, f"{row.accuracy:.1%}", f"{row.frechet:.2f}", seconds, style=style
-        )
+        style = "bold" if row.name in ("student", "BOSS") else None
+        cells = [row.name, steps, f"{row.accuracy:.1%}", f"{row.frechet:.2f}", seconds]
+        if paired:
+            cells.append("" if row.paired_error is None else f"{row.paired_error:.3f}")
+        table.add_row(*cells, style=style)
     return table
 
 
@@ -199,7 +273,7 @@ def _write(
     rows: list[Row],
     floor: float,
     teacher: TrainedModel,
-    student: TrainedModel | None,
+    students: list[TrainedModel],
     noise: Tensor,
     labels: Tensor | None,
 ) -> None:
@@ -214,6 +288,6 @@ def _write(
     few = noise[:columns]
     classes = None if labels is None else labels[:columns]
     strips = [teacher.generate(few, n, classes, config.guidance) for n in (max(config.steps), 1)]
-    if student is not None:
-        strips.append(student.generate(few, 1, classes))
+    for student in students:
+        strips += [student.generate(few, n, classes) for n in student.schedules or [1]]
     save_grid(folder / "samples.png", torch.cat(strips).cpu(), columns)

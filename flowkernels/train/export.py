@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowkernels.nn import MMDiT, MMDiTConfig
+from flowkernels.ode import Schedule, sample, uniform
 from flowkernels.train.checkpoint import save_weights
 from flowkernels.train.config import DataConfig, TrainConfig
 from flowkernels.train.errors import UsageError
@@ -38,7 +39,8 @@ def export_network(
 
     Args:
         folder: the run's folder.
-        method: what trained it; the time t* and scale σ* of a one-step generator are noted.
+        method: what trained it; the time t* and scale σ* of a one-step generator are noted, and
+            the schedules of a student of few steps, with the guidance that is in its weights.
         network: whose `config.to_dict()` rebuilds it, where it has one.
         weights: its state dict, averaged or raw.
         config: the run's configuration.
@@ -46,17 +48,24 @@ def export_network(
     """
     network_config = getattr(network, "config", None)
     one_step = {name: getattr(method, name, None) for name in ("t_star", "sigma_star")}
+    schedules = getattr(method, "schedules", None)
     info = {
         "format": _FORMAT,
         "network": type(network).__name__,
         "config": None if network_config is None else network_config.to_dict(),
         "method": type(method).__name__,
         "one_step": one_step if None not in one_step.values() else None,
+        "schedules": None if schedules is None else _walked(method, schedules),
         "data": asdict(config.data),
         "step": step,
     }
     write_json(folder / MODEL, info)
     save_weights(folder / WEIGHTS, weights)
+
+
+def _walked(method: Method, schedules: dict[int, Schedule]) -> dict[str, Any]:
+    times = {str(steps): schedule.times.tolist() for steps, schedule in schedules.items()}
+    return {"times": times, "path": method.path, "guidance": method.guidance}
 
 
 class TrainedModel:
@@ -92,6 +101,17 @@ class TrainedModel:
         """Whether it is a one-step generator rather than a velocity field."""
         return self.info.get("one_step") is not None
 
+    @property
+    def schedules(self) -> dict[int, Schedule]:
+        """K → the schedule of a student that walks in K steps; empty for others."""
+        walked = self.info.get("schedules") or {"times": {}}
+        return {int(steps): Schedule(times) for steps, times in walked["times"].items()}
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it is a velocity at every t, and not a student that knows a few."""
+        return not self.one_step and not self.schedules
+
     @torch.no_grad()
     def generate(
         self,
@@ -99,21 +119,23 @@ class TrainedModel:
         steps: int = 1,
         labels: Tensor | None = None,
         guidance: float = 1.0,
+        schedule: Schedule | None = None,
     ) -> Tensor:
         """Images [B, C, H, W] from noises of that shape.
 
         Args:
             noise: standard normal.
             steps: Euler steps from t = 1 to 0. A one-step generator takes 1:
-                `σ* z - σ* v(σ* z, t*)`.
+                `σ* z - σ* v(σ* z, t*)`. A student of few steps takes a number it was trained for,
+                and walks its own schedule.
             labels: [B] int64 classes of a conditional model.
-            guidance: classifier-free guidance scale; 1 is none. Not for one-step generators.
+            guidance: classifier-free guidance scale; 1 is none. Not for students, whose weights
+                hold the guidance of their teacher.
+            schedule: of a flow, the steps in place of `steps` even ones.
 
         Raises:
             UsageError: labels, steps or guidance that this model cannot serve.
         """
-        from flowkernels.ode import sample, uniform
-
         if (labels is None) != (self.num_classes == 0):
             needs = "no labels" if labels is not None else "labels"
             raise UsageError(f"labels: this model needs {needs} (num_classes {self.num_classes})")
@@ -128,11 +150,22 @@ class TrainedModel:
         return sample(
             self.network,
             noise,
-            uniform(steps),
+            self._schedule(steps, guidance) if schedule is None else schedule,
             conditions=conditions,
             uncond=uncond,
             guidance=None if uncond is None else guidance,
         )
+
+    def _schedule(self, steps: int, guidance: float) -> Schedule:
+        known = self.schedules
+        if not known:
+            return uniform(steps)
+        if steps not in known or guidance != 1.0:
+            raise UsageError(
+                f"steps, guidance: got {steps}, {guidance}; this student walks in "
+                f"{', '.join(map(str, known))} steps, with guidance 1.0 (its own is trained in)"
+            )
+        return known[steps]
 
     def _one_step(
         self, noise: Tensor, steps: int, guidance: float, conditions: dict[str, Tensor]

@@ -178,8 +178,8 @@ class FGMRecipe(TrainConfig):
         """
         self.validate()
         teacher = load_model(self.teacher)
-        if teacher.one_step:
-            raise UsageError(f"teacher: {self.teacher} holds a one-step generator, not a flow")
+        if not teacher.is_flow:
+            raise UsageError(f"teacher: {self.teacher} holds a student of few steps, not a flow")
         dataset = load_dataset(self.data)
         classes = len(dataset.classes) if self.data.labels else 0
         if (teacher.shape, teacher.num_classes) != (dataset.shape, classes):

@@ -295,9 +295,14 @@ class Trainer:
 
     def export(self) -> None:
         """Write `weights.safetensors` (EMA) and `model.json` of the deployed network."""
-        network: nn.Module = getattr(self.method, self.method.deploy)
-        found = self._ema_optimizer()
-        weights = network.state_dict() if found is None else found.ema_state_dict(network, 0)
+        network = self._network(self.method.deploy)
+        merge = getattr(self.method, "merged", None)
+        if merge is not None:
+            with self._deployed():
+                weights = {name: w.clone() for name, w in merge(network).state_dict().items()}
+        else:
+            found = self._ema_optimizer()
+            weights = network.state_dict() if found is None else found.ema_state_dict(network, 0)
         export_network(self.output, self.method, network, weights, self.config, self.step)
 
     def _ema_optimizer(self) -> AdamWEMA | None:
@@ -343,7 +348,10 @@ class Trainer:
         settings = self.config.optim_for(phase.name)
         settings.validate(f"optimiser of phase {phase.name}")
         parameters = [
-            parameter for name in phase.networks for parameter in self._network(name).parameters()
+            parameter
+            for name in phase.networks
+            for parameter in self._network(name).parameters()
+            if parameter.requires_grad  # an adapter's, beside the frozen weights it adapts
         ]
         return AdamWEMA(
             parameters,

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flowkernels.ops import _library
-from tests.checks.case import DTYPES, OpCase, Shape, all_cases, map_tensors
+from tests.checks.case import DTYPES, OpCase, Shape, map_tensors, triton_cases
 from tests.checks.compare import evaluate
 
 ARCHITECTURES = (80, 90, 100)
@@ -311,9 +311,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--small", action="store_true", help="the set that `make test` compiles")
     parser.add_argument("--workers", type=int)
     options = parser.parse_args(arguments)
-    cases = [case for case in all_cases() if not options.names or case.name in options.names]
+    cases = [case for case in triton_cases() if not options.names or case.name in options.names]
     if not cases and "attention_core" not in options.names:
-        names = [case.name for case in all_cases()]
+        names = [case.name for case in triton_cases()]
         parser.error(f"no op of that name; there are {', '.join(names)}, attention_core")
     wanted = jobs(cases, options.arch or ARCHITECTURES, small=options.small)
     if "attention_core" in options.names or not (options.names or options.small):

@@ -212,3 +212,8 @@ def all_cases() -> list[OpCase]:
     for module in sorted(m.name for m in pkgutil.iter_modules(cases.__path__)):
         found += importlib.import_module(f"{cases.__name__}.{module}").CASES
     return found
+
+
+def triton_cases() -> list[OpCase]:
+    """Those that have a Triton kernel; CUDA C++ serves the others on a GPU."""
+    return [case for case in all_cases() if _library.FUNCTIONS[case.name].triton]

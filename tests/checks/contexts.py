@@ -58,6 +58,12 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _detached(arg: Any) -> Any:
+    if isinstance(arg, list):
+        return [_detached(each) for each in arg]
+    return arg.detach() if isinstance(arg, torch.Tensor) else arg
+
+
 @contextmanager
 def recorded_operators() -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
     """The (torch operator, arguments) of every operator call made inside."""
@@ -65,8 +71,7 @@ def recorded_operators() -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
     original = _library.Operator.__call__
 
     def record(self: Any, backend: str, *args: Any) -> Any:
-        detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
-        calls.append((self.default, detached))
+        calls.append((self.default, tuple(_detached(arg) for arg in args)))
         return original(self, backend, *args)
 
     _library.Operator.__call__ = record  # type: ignore[method-assign]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import pytest
 
 from flowkernels.ops import _library
-from tests.checks import all_cases, aot
+from tests.checks import aot
+from tests.checks.case import triton_cases
 
 
 @pytest.fixture(scope="module")
 def wanted() -> dict[str, list[aot.Job]]:
-    return {case.name: aot.jobs([case], small=True) for case in all_cases()}
+    return {case.name: aot.jobs([case], small=True) for case in triton_cases()}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_no_spills_and_shared_memory_fits(reports, arch: int):
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_aligned_operands_are_read_in_whole_vectors(reports, arch: int):
     """The attributes were given: aligned rows of a real model are read 16 bytes at a time."""
-    for case in all_cases():
+    for case in triton_cases():
         found = [
             aot.job_of(kernel, args, options, arch)
             for kernel, args, options in aot.launches(

@@ -1,4 +1,4 @@
-"""flow_matching and fgm: the checks that every op passes, and what is the losses' alone."""
+"""flow_matching, straightening, fgm: the checks that every op passes, and what is their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flowkernels
-from flowkernels.losses import fgm, flow_matching
+from flowkernels.losses import fgm, flow_matching, straightening
 from flowkernels.ops import _library
 from tests.checks import OpChecks
 from tests.checks.cases import losses as cases
@@ -23,6 +23,10 @@ BACKENDS = pytest.mark.parametrize(
 
 class TestFlowMatching(OpChecks):
     case = cases.FLOW_MATCHING
+
+
+class TestStraightening(OpChecks):
+    case = cases.STRAIGHTENING
 
 
 def _with_normaliser_as_weight(shape, dtype, device, variant):
@@ -76,14 +80,25 @@ def gradients(loss_of, operands, grad_output=None):
     return loss.detach(), *torch.autograd.grad(loss, leaves, grad_output)
 
 
+STEPS = torch.tensor([-0.1, -0.4, -0.7, 0.5])
+
 LOSSES = pytest.mark.parametrize(
     "loss_of",
     [
         lambda u, v, x0, noise: flow_matching(v, x0, noise) + 0 * u.sum(),
+        lambda u, v, x0, noise: straightening(v, x0, noise, STEPS) + 0 * u.sum(),
         lambda u, v, x0, noise: fgm(u, v, x0, noise, torch.full((4,), 0.5), normalize="sid"),
     ],
-    ids=["flow_matching", "fgm"],
+    ids=["flow_matching", "straightening", "fgm"],
 )
+FUNCTIONS = pytest.mark.parametrize("loss", [flow_matching, straightening, fgm])
+
+
+def arguments_of(loss, operands, t):
+    """What each loss takes of u, v, x0, noise and t; straightening's dt is -t."""
+    if loss is fgm:
+        return (*operands, t)
+    return tuple(operands[1:]) if loss is flow_matching else (*operands[1:], -t)
 
 
 @interpretable
@@ -152,10 +167,10 @@ def test_gradients_accumulate_into_grad(backend, loss_of, operands):
 
 @interpretable
 @BACKENDS
-@pytest.mark.parametrize("loss", [flow_matching, fgm])
+@FUNCTIONS
 def test_reductions_belong_together(backend, loss, operands, t):
     """sum = Σ elements, mean = Σ_b weight_b·ℓ_b / B: never over the sum of the weights."""
-    operands = (*operands, t) if loss is fgm else operands[1:]
+    operands = arguments_of(loss, operands, t)
     weight = torch.tensor([0.5, 0.0, 2.0, 3.0])
     elements = operands[0][0].numel()
     with flowkernels.backend(backend):
@@ -170,9 +185,9 @@ def test_reductions_belong_together(backend, loss, operands, t):
 
 @interpretable
 @BACKENDS
-@pytest.mark.parametrize("loss", [flow_matching, fgm])
+@FUNCTIONS
 def test_result_is_at_least_float32(backend, loss, operands, t):
-    operands = (*operands, t) if loss is fgm else operands[1:]
+    operands = arguments_of(loss, operands, t)
     with flowkernels.backend(backend):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             found = loss(*(x.to(dtype) for x in operands[:-1]), operands[-1])
@@ -182,10 +197,10 @@ def test_result_is_at_least_float32(backend, loss, operands, t):
 
 @interpretable
 @BACKENDS
-@pytest.mark.parametrize("loss", [flow_matching, fgm])
+@FUNCTIONS
 def test_empty_batch(backend, loss, operands, t):
     """A sum of nothing is 0, a mean of nothing NaN (as in PyTorch), and no gradient an error."""
-    operands = (*operands, t) if loss is fgm else operands[1:]
+    operands = arguments_of(loss, operands, t)
     with flowkernels.backend(backend):
         leaves = [x[:0].clone().requires_grad_() for x in operands]
         assert loss(*leaves, reduction="sum").item() == 0
@@ -198,9 +213,9 @@ def test_empty_batch(backend, loss, operands, t):
 
 @interpretable
 @BACKENDS
-@pytest.mark.parametrize("loss", [flow_matching, fgm])
+@FUNCTIONS
 def test_weight_may_ask_for_a_gradient(backend, loss, operands, t):
-    operands = (*operands, t) if loss is fgm else operands[1:]
+    operands = arguments_of(loss, operands, t)
     weight = torch.rand(4, requires_grad=True)
     with flowkernels.backend(backend):
         loss(*operands, weight=weight, reduction="none").sum().backward()

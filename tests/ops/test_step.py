@@ -1,6 +1,8 @@
-"""euler_step: the checks that every op passes, and `out` and `dt`."""
+"""euler_step and rk_combine: the checks that every op passes; euler_step's `out` and `dt`."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
@@ -21,6 +23,19 @@ BACKENDS = pytest.mark.parametrize(
 
 class TestEulerStep(OpChecks):
     case = cases.EULER_STEP
+
+
+class TestRkCombine(OpChecks):
+    case = cases.RK_COMBINE
+
+    @pytest.mark.unforced
+    def test_names_the_argument_that_is_no_float_tensor(self, name: str):
+        """Stages are named by their place."""
+        inputs = self.inputs(variant="scalar")
+        argument = f"ks[{name[1:]}]" if name.startswith("k") else name
+        for wrong, got in (([1.0, 2.0], "list"), (inputs[name].to(torch.int64), "int64")):
+            with pytest.raises(TypeError, match=rf"^{re.escape(argument)}: got .*{got}.*need"):
+                self.case.function(**{**inputs, name: wrong})
 
 
 @pytest.fixture

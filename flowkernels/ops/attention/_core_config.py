@@ -4,7 +4,6 @@ Chosen ahead of time, by ptxas' registers and spills and by shared memory, so th
 share a multiprocessor where the tiles allow it. Not yet measured on a device.
 
 Warps specialised by ``tl.range(..., warp_specialize=True)`` are not used: for Hopper, Triton 3.6.0
-Warps specialised by ``tl.range(..., warp_specialize=True)`` are not used: for Hopper, Triton 3.6.0
 and 3.7.1 give the forward loop PTX of the same length, with no register hand-over, with it as
 without, and for Blackwell they do not compile the loop of dq with it.
 """

@@ -54,11 +54,15 @@ def _forward_run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
     out, lse = _forward(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, False, scale=scale
     )
-    if not lse.all():
+    if _has_zero(lse):
         undefined = (lse == 0) & _undefined(q, k).transpose(1, 2)
         lse = lse.masked_fill(undefined, float("nan"))
         out = out.masked_fill(undefined.unsqueeze(-1), float("nan"))
     return out.transpose(1, 2).to(dtype), lse
+
+
+def _has_zero(lse: Tensor) -> bool:
+    return not lse.all()
 
 
 def _undefined(q: Tensor, k: Tensor) -> Tensor:

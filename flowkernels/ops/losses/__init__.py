@@ -19,7 +19,7 @@ from flowkernels.ops.losses import _operators as operators
 from flowkernels.ops.losses import reference
 from flowkernels.ops.losses._autograd import FGM, FlowMatching
 
-__all__ = ["fgm", "flow_matching"]
+__all__ = ["fgm", "flow_matching", "straightening"]
 
 Tensor = torch.Tensor
 
@@ -67,17 +67,84 @@ def flow_matching(
     check_choice(reduction, "reduction", REDUCTIONS)
     if weight is not None:
         check_batch_vector(weight, "weight", v)
-    backend = _library.choose(
-        "flow_matching",
-        v.device,
-        kernels_read_samples(v, x0, noise, weight) and not _needs_grad(weight),
-    )
+    return _residual_loss("flow_matching", v, x0, noise, None, weight, reduction)
+
+
+def straightening(
+    v: Tensor,
+    x_start: Tensor,
+    x_end: Tensor,
+    dt: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The straightening loss of BOSS (arXiv 2312.16414), ``‖v - (x_end - x_start)/dt‖²``.
+
+    Where it is zero, one Euler step of dt from x_start lands on x_end exactly.
+    ``ℓ_b = mean over the sample's elements of (v - (x_end - x_start)/dt)²``. Gradients, with n
+    elements a sample and c = ``2·weight_b·(v - (x_end - x_start)/dt)/(n·B)``: c to v, c/dt to
+    x_start, -c/dt to x_end.
+
+    Args:
+        v: [B, ...], predicted velocity at x_start. Samples that are not contiguous take the
+            reference path.
+        x_start: [B, ...] of v's shape, states where an interval begins.
+        x_end: [B, ...] of v's shape, states where it ends.
+        dt: [B], time at the end less time at the start: negative when sampling, never 0 (the
+            result is not finite there). One that requires grad takes the reference path.
+        weight: [B], a factor for each sample's loss; None is 1. ``dt**2`` makes it the error of
+            the Euler step. One that requires grad takes the reference path.
+        reduction: ``"mean"``, Σ_b weight_b·ℓ_b / B (NaN for an empty batch); ``"none"``, [B];
+            ``"sum"``, Σ_b Σ_elements.
+
+    Returns:
+        0-d, or [B] for ``"none"``; at least float32, accumulated in float32 or better.
+
+    Raises:
+        TypeError: An operand is no floating-point tensor.
+        ValueError: A shape or device does not fit, or the reduction is unknown; names the
+            argument.
+
+    Example:
+        >>> import torch
+        >>> from flowkernels.losses import straightening
+        >>> x_start, v, dt = torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([-0.5, -0.25])
+        >>> x_end = x_start + dt[:, None] * v
+        >>> straightening(v, x_start, x_end, dt)
+        tensor(0.)
+    """
+    check_samples(v, "v")
+    check_like(x_start, "x_start", v)
+    check_like(x_end, "x_end", v)
+    check_batch_vector(dt, "dt", v)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    if weight is not None:
+        check_batch_vector(weight, "weight", v)
+    return _residual_loss("straightening", v, x_start, x_end, dt, weight, reduction)
+
+
+def _residual_loss(
+    name: str,
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    dt: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """Checked operands to the loss of ``v - (noise - x0)/dt``."""
+    served = kernels_read_samples(v, x0, noise, weight)
+    served = served and not _needs_grad(weight) and not _needs_grad(dt)
+    backend = _library.choose(name, v.device, served)
     if backend == "reference":
-        return reference.flow_matching(v, x0, noise, weight, reduction)
+        return reference.flow_matching(v, x0, noise, dt, weight, reduction)
+    if dt is not None and dt.dtype == torch.float64:
+        dt = dt.float()
     code = REDUCTIONS.index(reduction)
-    if tracked(v, x0, noise, constants=(weight,)):
-        return apply(FlowMatching, backend, v, x0, noise, weight, code)
-    return operators.flow_matching_forward(backend, v, x0, noise, weight, code, 0)[0]
+    if tracked(v, x0, noise, constants=(dt, weight)):
+        return apply(FlowMatching, backend, v, x0, noise, dt, weight, code)
+    return operators.flow_matching_forward(backend, v, x0, noise, dt, weight, code, 0)[0]
 
 
 def fgm(

@@ -53,6 +53,8 @@ def taken(ctx: Any) -> list[Tensor]:
 
 
 class FlowMatching(FusedFunction):
+    """straightening too: there x0 and noise are x_start and x_end, and dt is given."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -60,6 +62,7 @@ class FlowMatching(FusedFunction):
         v: Tensor,
         x0: Tensor,
         noise: Tensor,
+        dt: Tensor | None,
         weight: Tensor | None,
         reduction: int,
     ) -> Tensor:
@@ -70,35 +73,36 @@ class FlowMatching(FusedFunction):
             v,
             x0,
             noise,
+            dt,
             weight,
             reduction,
             wanted if stores((v, x0, noise), needed) else 0,
         )
-        ctx.save_for_backward(v, x0, noise, weight)
+        ctx.save_for_backward(v, x0, noise, dt, weight)
         ctx.backend, ctx.reduction = backend, reduction
         ctx.gradients, ctx.needed, ctx.wanted = gradients, needed, wanted
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        v, x0, noise, weight = ctx.saved_tensors
+        v, x0, noise, dt, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = reference_gradients(
                 lambda v, x0, noise: reference.flow_matching(
-                    v, x0, noise, weight, REDUCTIONS[ctx.reduction]
+                    v, x0, noise, dt, weight, REDUCTIONS[ctx.reduction]
                 ),
                 (v, x0, noise),
                 (grad_loss,),
                 ctx.needed,
             )
-            return (None, *found, None, None)
-        arguments = (grad_loss, v, x0, noise, weight, ctx.reduction, ctx.wanted)
+            return (None, *found, None, None, None)
+        arguments = (grad_loss, v, x0, noise, dt, weight, ctx.reduction, ctx.wanted)
         gradients = taken(ctx)
         if gradients:
             operators.flow_matching_rescale_(ctx.backend, gradients, *arguments)
         else:
             gradients = operators.flow_matching_backward(ctx.backend, *arguments)
-        return (None, *scatter(gradients, ctx.needed), None, None)
+        return (None, *scatter(gradients, ctx.needed), None, None, None)
 
 
 class FGM(FusedFunction):

@@ -1,12 +1,14 @@
 # mypy: ignore-errors
 """Triton kernels of the losses.
 
-flow_matching: reads v, x0, noise once and writes the gradients once. fgm: reads u, v, x0, noise
-(and u_uncond) once, a second time u, x0, noise under the SiD normaliser where a sample is more
-than a tile, and writes the gradients once. What follows reads partial sums alone.
+flow_matching and straightening: read v, x0, noise once and write the gradients once. fgm: reads
+u, v, x0, noise (and u_uncond) once, a second time u, x0, noise under the SiD normaliser where a
+sample is more than a tile, and writes the gradients once. What follows reads partial sums alone.
 
 Gradients, with scale the reduction's factor of a sample's sum and g the incoming gradient:
     flow_matching, r = v - (noise - x0), c = 2·scale·weight·g:   ∂v = ∂x0 = c·r,  ∂noise = -c·r
+    straightening, r = v - (x_end - x_start)/dt, which stand where noise and x0 do:
+                            ∂v = c·r,  ∂x_start = c·r/dt,  ∂x_end = -c·r/dt
     fgm, c = 2·scale·ω·g:   ∂u = c·(λ·d + e), times guidance and (1 - guidance) for u and u_uncond
                             ∂v = c·((1 - λ)·d - e),  ∂x0 = c·d,  ∂noise = -c·d
 """
@@ -37,17 +39,24 @@ def _sum_of_chunks(partial, rows, batch, chunks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _residual(v, x0, noise, v_stride, x0_stride, noise_stride, rows, columns, mask):
-    """v - (noise - x0)."""
-    w = load_tile(noise, noise_stride, rows, columns, mask)
-    w -= load_tile(x0, x0_stride, rows, columns, mask)
-    return load_tile(v, v_stride, rows, columns, mask) - w
+def _inverse(dt, dt_stride, rows, batch):
+    """1/dt of each sample, [ROWS, 1]; 1 where there is no dt, and in the tile's empty rows."""
+    return 1.0 / tl.where(rows < batch, load_samples(dt, dt_stride, rows, batch, 1.0), 1.0)
 
 
 @triton.jit
-def _store_residual(grad_v, grad_x0, grad_noise, elements, rows, columns, mask, gradient):
+def _residual(v, x0, noise, inverse, v_stride, x0_stride, noise_stride, rows, columns, mask):
+    """v - (noise - x0)/dt."""
+    w = load_tile(noise, noise_stride, rows, columns, mask)
+    w -= load_tile(x0, x0_stride, rows, columns, mask)
+    return load_tile(v, v_stride, rows, columns, mask) - w * inverse
+
+
+@triton.jit
+def _store_residual(grad_v, grad_x0, grad_noise, inverse, elements, rows, columns, mask, gradient):
     if grad_v is not None:
         store_tile(grad_v, elements, rows, columns, mask, gradient)
+    gradient *= inverse
     if grad_x0 is not None:
         store_tile(grad_x0, elements, rows, columns, mask, gradient)
     if grad_noise is not None:
@@ -56,24 +65,25 @@ def _store_residual(grad_v, grad_x0, grad_noise, elements, rows, columns, mask, 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
 def flow_matching_forward_kernel(
-    v, x0, noise, grad_v, grad_x0, grad_noise, weight, partial,
-    scale, batch, elements, chunks, v_stride, x0_stride, noise_stride, weight_stride,
+    v, x0, noise, grad_v, grad_x0, grad_noise, dt, weight, partial,
+    scale, batch, elements, chunks, v_stride, x0_stride, noise_stride, dt_stride, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows, columns, mask, chunk = tile_of(tl.program_id(0), batch, elements, chunks, ROWS, COLUMNS)
-    r = _residual(v, x0, noise, v_stride, x0_stride, noise_stride, rows, columns, mask)
+    inverse = _inverse(dt, dt_stride, rows, batch)
+    r = _residual(v, x0, noise, inverse, v_stride, x0_stride, noise_stride, rows, columns, mask)
     factor = scale * load_samples(weight, weight_stride, rows, batch, 1.0)
     total = tl.sum(r * r, axis=1, keep_dims=True)
     _store_partial(partial, rows, chunk, chunks, batch, factor * total)
     gradient = 2.0 * factor * r
-    _store_residual(grad_v, grad_x0, grad_noise, elements, rows, columns, mask, gradient)
+    _store_residual(grad_v, grad_x0, grad_noise, inverse, elements, rows, columns, mask, gradient)
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
 def flow_matching_backward_kernel(
-    grad_output, v, x0, noise, grad_v, grad_x0, grad_noise, weight,
+    grad_output, v, x0, noise, grad_v, grad_x0, grad_noise, dt, weight,
     scale, batch, elements, chunks,
-    grad_output_stride, v_stride, x0_stride, noise_stride, weight_stride,
+    grad_output_stride, v_stride, x0_stride, noise_stride, dt_stride, weight_stride,
     RESCALE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """RESCALE: the gradients are those of grad_output = 1; where it is 1 no memory is touched."""
@@ -81,9 +91,10 @@ def flow_matching_backward_kernel(
     g = load_samples(grad_output, grad_output_stride, rows, batch, 1.0)
     if RESCALE:
         mask &= g != 1.0
-    r = _residual(v, x0, noise, v_stride, x0_stride, noise_stride, rows, columns, mask)
+    inverse = _inverse(dt, dt_stride, rows, batch)
+    r = _residual(v, x0, noise, inverse, v_stride, x0_stride, noise_stride, rows, columns, mask)
     factor = 2.0 * (scale * load_samples(weight, weight_stride, rows, batch, 1.0)) * g
-    _store_residual(grad_v, grad_x0, grad_noise, elements, rows, columns, mask, factor * r)
+    _store_residual(grad_v, grad_x0, grad_noise, inverse, elements, rows, columns, mask, factor * r)
 
 
 @triton.jit(do_not_specialize=["count"])

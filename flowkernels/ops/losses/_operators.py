@@ -36,11 +36,11 @@ def gradients_like(wanted: int, *operands: Tensor | None) -> list[Tensor]:
     ]
 
 
-def _flow_matching_forward_fake(v, x0, noise, weight, reduction, wanted):  # type: ignore[no-untyped-def]
+def _flow_matching_forward_fake(v, x0, noise, dt, weight, reduction, wanted):  # type: ignore[no-untyped-def]
     return [loss_like(v, reduction), *gradients_like(wanted, v, x0, noise)]
 
 
-def _flow_matching_backward_fake(grad_output, v, x0, noise, weight, reduction, wanted):  # type: ignore[no-untyped-def]
+def _flow_matching_backward_fake(grad_output, v, x0, noise, dt, weight, reduction, wanted):  # type: ignore[no-untyped-def]
     return gradients_like(wanted, v, x0, noise)
 
 
@@ -63,7 +63,10 @@ def _rescale_fake(gradients, *others):  # type: ignore[no-untyped-def]
     return None
 
 
-_FLOW_MATCHING = "Tensor v, Tensor x0, Tensor noise, Tensor? weight, int reduction, int wanted"
+# With dt, x0 and noise are x_start and x_end of straightening.
+_FLOW_MATCHING = (
+    "Tensor v, Tensor x0, Tensor noise, Tensor? dt, Tensor? weight, int reduction, int wanted"
+)
 _FGM = "Tensor u, Tensor v, Tensor x0, Tensor noise, Tensor? u_uncond"
 _FGM_BACKWARD = f"{_FGM}, Tensor omega, float lam, float guidance, int reduction, int wanted"
 

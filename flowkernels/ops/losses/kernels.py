@@ -49,7 +49,7 @@ def _strides(*operands):
     return tuple(stride_of(operand) for operand in operands)
 
 
-def flow_matching_forward(v, x0, noise, weight, reduction, wanted):
+def flow_matching_forward(v, x0, noise, dt, weight, reduction, wanted):
     tiles = tiles_of(v)
     shape, options = _geometry(tiles)
     gradients = gradients_like(wanted, v, x0, noise)
@@ -58,8 +58,9 @@ def flow_matching_forward(v, x0, noise, weight, reduction, wanted):
     launch(
         kernels.flow_matching_forward_kernel,
         (tiles.programs,),
-        *(v, x0, noise, *_placed(gradients, wanted, (v, x0, noise)), weight, partial),
-        *(_loss_scale(tiles, reduction), *shape, *_strides(v, x0, noise, weight)),
+        *(v, x0, noise, *_placed(gradients, wanted, (v, x0, noise))),
+        *(dt, weight, partial),
+        *(_loss_scale(tiles, reduction), *shape, *_strides(v, x0, noise, dt, weight)),
         **options,
     )
     if tiles.programs:
@@ -75,30 +76,31 @@ def flow_matching_forward(v, x0, noise, weight, reduction, wanted):
 
 
 def _flow_matching_gradients(
-    gradients, grad_output, v, x0, noise, weight, reduction, wanted, rescale
+    gradients, grad_output, v, x0, noise, dt, weight, reduction, wanted, rescale
 ):
     tiles = tiles_of(v)
     shape, options = _geometry(tiles)
     launch(
         kernels.flow_matching_backward_kernel,
         (tiles.programs,),
-        *(grad_output, v, x0, noise, *_placed(gradients, wanted, (v, x0, noise)), weight),
-        *(_loss_scale(tiles, reduction), *shape, *_strides(grad_output, v, x0, noise, weight)),
+        *(grad_output, v, x0, noise, *_placed(gradients, wanted, (v, x0, noise)), dt, weight),
+        *(_loss_scale(tiles, reduction), *shape),
+        *_strides(grad_output, v, x0, noise, dt, weight),
         RESCALE=rescale,
         **options,
     )
 
 
-def flow_matching_rescale_(gradients, grad_output, v, x0, noise, weight, reduction, wanted):
+def flow_matching_rescale_(gradients, grad_output, v, x0, noise, dt, weight, reduction, wanted):
     _flow_matching_gradients(
-        gradients, grad_output, v, x0, noise, weight, reduction, wanted, rescale=True
+        gradients, grad_output, v, x0, noise, dt, weight, reduction, wanted, rescale=True
     )
 
 
-def flow_matching_backward(grad_output, v, x0, noise, weight, reduction, wanted):
+def flow_matching_backward(grad_output, v, x0, noise, dt, weight, reduction, wanted):
     gradients = gradients_like(wanted, v, x0, noise)
     _flow_matching_gradients(
-        gradients, grad_output, v, x0, noise, weight, reduction, wanted, rescale=False
+        gradients, grad_output, v, x0, noise, dt, weight, reduction, wanted, rescale=False
     )
     return gradients
 

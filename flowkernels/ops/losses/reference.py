@@ -1,6 +1,7 @@
 """The losses in plain PyTorch: the specification of the kernels.
 
     flow_matching: ℓ_b = mean (v - (noise - x0))²
+    straightening: ℓ_b = mean (v - (x_end - x_start)/dt)²
     fgm:           ℓ_b = ω_b·mean (2·d·e + lam·d²),  d = u - v,  e = v - w,  w = noise - x0
                    u = u_uncond + guidance·(u - u_uncond) where u_uncond is given
                    ω_b = t / (2·max(mean|u - w|, 1e-5)) under normalize="sid", a constant; else 1
@@ -49,10 +50,19 @@ def reduce(sums: Tensor, weight: Tensor | None, like: Tensor, reduction: str) ->
 
 
 def flow_matching(
-    v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None, reduction: str
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    dt: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
+    """straightening where there is a dt: x0 and noise are x_start and x_end then."""
     dtype = compute_dtype(v, x0, noise, weight)
-    residual = v.to(dtype) - (noise.to(dtype) - x0.to(dtype))
+    velocity = noise.to(dtype) - x0.to(dtype)
+    if dt is not None:
+        velocity = velocity / per_sample(dt.to(dtype), v)
+    residual = v.to(dtype) - velocity
     return reduce(flat(residual.square()).sum(1), weight, v, reduction)
 
 

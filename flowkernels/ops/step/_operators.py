@@ -1,11 +1,11 @@
-"""Schemas and fakes of the Euler step: dt is a tensor, 0-d or [B], or else a number."""
+"""Schemas and fakes of the steps: dt is a tensor, 0-d or [B], or else a number."""
 
 from __future__ import annotations
 
 import torch
 
 from flowkernels.ops._library import define
-from flowkernels.ops.step.reference import result_dtype
+from flowkernels.ops.step.reference import norm_dtype, promoted, result_dtype
 
 Tensor = torch.Tensor
 
@@ -45,4 +45,44 @@ euler_step_backward = define(
     "(Tensor grad, Tensor? dt, float dt_value, float guidance, int wanted) -> Tensor[]",
     _backward_fake,
     triton=_KERNELS + "euler_step_backward",
+)
+
+# Stages: one tensor each, or all stacked in the only one. Their weights: numbers, or a tensor [n].
+MOST_STAGES = 64
+_STAGES = "Tensor[] ks, float[] weights, Tensor? weights_tensor, Tensor? dt, float dt_value"
+
+
+def _combine_fake(y, ks, weights, weights_tensor, dt, dt_value):  # type: ignore[no-untyped-def]
+    return y.new_empty(y.shape, dtype=promoted(y, *ks))
+
+
+def _combine_out_fake(y, ks, weights, weights_tensor, dt, dt_value, out):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _error_fake(  # type: ignore[no-untyped-def]
+    ks, weights, weights_tensor, dt, dt_value, y0, y1, rtol, atol, rtol_value, atol_value, write
+):
+    error = y0.new_empty(y0.shape if write else (0,), dtype=promoted(*ks))
+    shape = dt.shape if dt is not None else ()
+    return error, y0.new_empty(shape, dtype=norm_dtype(promoted(y0, y1, *ks)))
+
+
+rk_combine_forward = define(
+    "rk_combine_forward", f"(Tensor y, {_STAGES}) -> Tensor", _combine_fake, native_cuda=True
+)
+# `out` may be y or a stage: each element is read before it is written, by the thread that writes.
+rk_combine_out = define(
+    "rk_combine_out",
+    f"(Tensor y, {_STAGES}, Tensor(a!) out) -> ()",
+    _combine_out_fake,
+    native_cuda=True,
+)
+# The error is written where `write_error` says so; else it is an empty tensor.
+rk_error = define(
+    "rk_error",
+    f"({_STAGES}, Tensor y0, Tensor y1, Tensor? rtol, Tensor? atol, float rtol_value,"
+    " float atol_value, bool write_error) -> (Tensor error, Tensor norm)",
+    _error_fake,
+    native_cuda=True,
 )

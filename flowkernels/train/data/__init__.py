@@ -8,15 +8,23 @@ from flowkernels.train.data.dataset import ImageDataset, TensorDataset
 from flowkernels.train.data.digits import load_digits
 from flowkernels.train.data.folder import FolderDataset
 from flowkernels.train.data.loader import Loader
+from flowkernels.train.data.trajectories import (
+    TrajectoryDataset,
+    store_trajectories,
+    stored_times,
+)
 
 __all__ = [
     "FolderDataset",
     "ImageDataset",
     "Loader",
     "TensorDataset",
+    "TrajectoryDataset",
     "load_cifar10",
     "load_dataset",
     "load_digits",
+    "store_trajectories",
+    "stored_times",
 ]
 
 

@@ -58,7 +58,10 @@ class Loader:
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
 
     def next_batch(self) -> dict[str, Tensor]:
-        """The next batch: `x0` [B, C, H, W] float32 in [-1, 1], and `labels` [B] int64."""
+        """The next batch: `x0` [B, C, H, W] float32 in [-1, 1], and `labels` [B] int64.
+
+        Stored trajectories come as `trajectory` [B, S, C, H, W] instead, and are never mirrored.
+        """
         position = self._position
         if self._ahead is not None and self._ahead[0] == position:
             batch = self._ahead[1].result()
@@ -125,10 +128,11 @@ class Loader:
             needed -= taken
             position += taken
         index = torch.cat(indices)
-        x0 = self.dataset.images(index)
-        if self.flip:
-            x0 = torch.where(torch.cat(mirrored).view(-1, 1, 1, 1), x0.flip(-1), x0)
-        batch = {"x0": x0}
+        images = self.dataset.images(index)
+        key = getattr(self.dataset, "key", "x0")
+        if self.flip and key == "x0":
+            images = torch.where(torch.cat(mirrored).view(-1, 1, 1, 1), images.flip(-1), images)
+        batch = {key: images}
         if self.labels:
             batch["labels"] = self.dataset.labels[index]
         if self.device.type == "cuda":

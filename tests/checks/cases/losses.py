@@ -1,10 +1,10 @@
-"""flow_matching and fgm."""
+"""flow_matching, straightening and fgm."""
 
 from __future__ import annotations
 
 import torch
 
-from flowkernels.losses import fgm, flow_matching
+from flowkernels.losses import fgm, flow_matching, straightening
 from tests.checks.case import OpCase, bad, draw
 from tests.checks.cases.interpolate import (
     BENCHMARK_SHAPES,
@@ -84,6 +84,44 @@ FLOW_MATCHING = OpCase(
     bad_inputs=_bad_operands("v", "x0", "noise"),
 )
 
+
+def _straightening_inputs(shape, dtype, device, variant):
+    reduction, _, weighted = variant.partition("_")
+    inputs = {name: draw(shape, dtype, device) for name in ("v", "x_start", "x_end")}
+    inputs["dt"] = -0.05 - times(shape, device)  # as in sampling, and never near 0
+    inputs["weight"] = times(shape, device) if weighted else None
+    return {**inputs, "reduction": reduction}
+
+
+def _straightening_truth(v, x_start, x_end, dt, weight, reduction):
+    slope = _flat(x_end - x_start) / dt[:, None]
+    return _reduce((_flat(v) - slope) ** 2, weight, reduction)
+
+
+STRAIGHTENING = OpCase(
+    name="straightening",
+    function=straightening,
+    reference=_straightening_truth,
+    make_inputs=_straightening_inputs,
+    differentiable=("v", "x_start", "x_end"),
+    variants=("mean", "none_weighted", "sum_weighted", "mean_weighted", "none"),
+    shapes=SAMPLE_SHAPES,
+    benchmark_shapes=BENCHMARK_SHAPES,
+    fixed=("dt", "weight"),
+    compile_shapes=COMPILE_SHAPES,
+    edge_shapes=EDGE_SHAPES,
+    bad_inputs={
+        **_bad_operands("v", "x_start", "x_end"),
+        "dt of another batch": bad(
+            ValueError, r"^dt: got shape \(2,\), need \[B\]", dt=torch.ones(2)
+        ),
+        "dt a number": bad(TypeError, r"^dt: got float", dt=-0.5),
+        "dt elsewhere": bad(
+            ValueError, r"^dt: is on meta, need cpu", dt=torch.ones(3, device="meta")
+        ),
+    },
+)
+
 # By variant: reduction, lam, whether weighted, the normaliser, guidance (None: no u_uncond).
 _FGM = {
     "mean": ("mean", 0.0, False, None, None),
@@ -155,4 +193,4 @@ FGM = OpCase(
     },
 )
 
-CASES = (FLOW_MATCHING, FGM)
+CASES = (FLOW_MATCHING, STRAIGHTENING, FGM)
