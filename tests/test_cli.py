@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from flowkernels.cli import main
+from flowkernels.train.boss import BOSSRecipe
 from flowkernels.train.evaluate import EvaluateConfig
 from flowkernels.train.recipe_file import load_recipe
 from flowkernels.train.recipes import FGMRecipe, TeacherRecipe
+from flowkernels.train.scheduling import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -252,7 +254,14 @@ def test_module_entry_point() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_file_is_valid(path: Path) -> None:
-    kinds = {"teacher": TeacherRecipe, "fgm": FGMRecipe, "evaluate": EvaluateConfig}
+    kinds = {
+        "teacher": TeacherRecipe,
+        "fgm": FGMRecipe,
+        "boss": BOSSRecipe,
+        "reflow": BOSSRecipe,
+        "schedule": ScheduleConfig,
+        "evaluate": EvaluateConfig,
+    }
     recipe = load_recipe(kinds[path.stem.split("-")[-1]], path)
     recipe.validate()
     assert recipe.output == f"runs/{path.stem}"
