@@ -54,8 +54,9 @@ demo: $(INSTALLED)
 	@$(BIN)/flowkernels distill fgm --recipe recipes/digits-fgm.yaml
 	@$(BIN)/flowkernels evaluate --recipe recipes/digits-evaluate.yaml
 
+# A process for each core, of one thread: threads of two that share a core wait for each other.
 test: $(DEVELOP)
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $$(nproc) --dist loadfile
 	@$(MAKE) --no-print-directory gpu DRY=1
 
 bench: $(DEVELOP)

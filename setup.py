@@ -43,6 +43,11 @@ def find_torch() -> Path:
     raise RuntimeError("no torch >= 2.11 in this environment (install torch first)")
 
 
+def torch_has_cuda() -> bool:
+    """Whether the torch on disk could load a CUDA library."""
+    return re.search(r"^cuda\b.*= *'", (find_torch() / "version.py").read_text(), re.M) is not None
+
+
 def cuda_architectures() -> str:
     """TORCH_CUDA_ARCH_LIST ('8.0;9.0a+PTX') as CMake spells it ('80-real;90a-real;90a-virtual')."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
@@ -95,6 +100,9 @@ class NativeBuild(build_ext):
         wanted = choice("FLOWKERNELS_CUDA")
         if wanted == "0":
             report["cuda"] = "FLOWKERNELS_CUDA=0 when installed"
+            return
+        if wanted == "auto" and not torch_has_cuda():
+            report["cuda"] = "torch had no CUDA when installed (FLOWKERNELS_CUDA=1 builds anyway)"
             return
         nvcc = find_nvcc()
         try:

@@ -296,13 +296,9 @@ class Trainer:
     def export(self) -> None:
         """Write `weights.safetensors` (EMA) and `model.json` of the deployed network."""
         network = self._network(self.method.deploy)
-        merge = getattr(self.method, "merged", None)
-        if merge is not None:
-            with self._deployed():
-                weights = {name: w.clone() for name, w in merge(network).state_dict().items()}
-        else:
-            found = self._ema_optimizer()
-            weights = network.state_dict() if found is None else found.ema_state_dict(network, 0)
+        merged = getattr(self.method, "merged", lambda network: network)
+        with self._deployed():
+            weights = {name: w.clone() for name, w in merged(network).state_dict().items()}
         export_network(self.output, self.method, network, weights, self.config, self.step)
 
     def _ema_optimizer(self) -> AdamWEMA | None:
