@@ -1,10 +1,12 @@
 # The front door. Every target creates .venv and installs what it needs.
-#   make demo    distil a one-step generator of handwritten digits, and show it
-#   make test    every test that this machine can run
-#   make bench   the operators against PyTorch eager and torch.compile
-#   make lint    ruff, mypy, clang-format, import directions
-#   make aot     every Triton kernel in every benchmarked shape, compiled ahead of time
-#   make gpu     on a machine with an NVIDIA GPU: build, test, benchmark (DRY=1: the same on CPU)
+#   make demo          distil a one-step generator of handwritten digits, and show it
+#   make demo-boss     the same teacher straightened to 2, 4 and 6 steps, against reflow
+#   make demo-scflow   the same teacher as one student for 1, 2, 4 and 8 steps
+#   make test          every test that this machine can run
+#   make bench         the operators against PyTorch eager and torch.compile
+#   make lint          ruff, mypy, clang-format, import directions
+#   make aot           every Triton kernel in every benchmarked shape, compiled ahead of time
+#   make gpu           on a machine with an NVIDIA GPU: build, test, benchmark (DRY=1: the same on CPU)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -19,7 +21,7 @@ NATIVE_SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py
 # fetch gigabytes of CUDA packages on a machine that has no GPU.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test bench lint aot gpu clean
+.PHONY: help demo demo-boss demo-scflow test bench lint aot gpu clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -49,15 +51,27 @@ print(*(name for extra in ("dev", "diffusers") for name in extras.get(extra, ())
 endef
 export LIST_TOOLS
 
+# Each begins with the teacher; one that is finished is not trained again.
 demo: $(INSTALLED)
 	@$(BIN)/flowkernels train --recipe recipes/digits-teacher.yaml
 	@$(BIN)/flowkernels distill fgm --recipe recipes/digits-fgm.yaml
 	@$(BIN)/flowkernels evaluate --recipe recipes/digits-evaluate.yaml
 
+demo-boss: $(INSTALLED)
+	@$(BIN)/flowkernels train --recipe recipes/digits-teacher.yaml
+	@$(BIN)/flowkernels distill boss --recipe recipes/digits-boss.yaml
+	@$(BIN)/flowkernels distill boss --recipe recipes/digits-reflow.yaml
+	@$(BIN)/flowkernels evaluate --recipe recipes/digits-boss-evaluate.yaml
+
+demo-scflow: $(INSTALLED)
+	@$(BIN)/flowkernels train --recipe recipes/digits-teacher.yaml
+	@$(BIN)/flowkernels distill scflow --recipe recipes/digits-scflow.yaml
+	@$(BIN)/flowkernels evaluate --recipe recipes/digits-scflow-evaluate.yaml
+
 # A process for each core, of one thread: threads of two that share a core wait for each other.
 test: $(DEVELOP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $$(nproc) --dist loadfile
-	@$(MAKE) --no-print-directory gpu DRY=1
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory gpu DRY=1
 
 bench: $(DEVELOP)
 	@$(BIN)/python -m bench.run

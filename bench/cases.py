@@ -74,6 +74,7 @@ class Operation:
         saved: which inputs the backward pass has to read again.
         saved_outputs: which outputs it has to read.
         one_pass: the forward pass already writes the gradients, and the backward reads nothing.
+        reads: bytes of the inputs that have to be read; by default all of them.
         truth: float64 results from float64 inputs and the variant's own outputs; by default our
             reference backend's, and the gradients are checked with it.
     """
@@ -88,21 +89,23 @@ class Operation:
     saved: tuple[int, ...] = ()
     saved_outputs: tuple[int, ...] = ()
     one_pass: bool = False
+    reads: Callable[[Sequence[Any]], int] | None = None
     truth: Callable[[list[Any], list[Tensor]], list[Tensor]] | None = None
 
     def traffic(self, direction: str, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> int:
         """The least bytes that the direction moves: each tensor once in each pass that needs it."""
-        forward = _size(inputs) + _size(outputs)
+        forward = (self.reads or size)(inputs) + size(outputs)
         if direction == "forward":
             return forward
-        gradients = _size(inputs[i] for i in self.gradients)
+        gradients = size(inputs[i] for i in self.gradients)
         if self.one_pass:
             return forward + gradients
-        again = _size(inputs[i] for i in self.saved) + _size(outputs[i] for i in self.saved_outputs)
-        return forward + _size(outputs) + again + gradients
+        again = size(inputs[i] for i in self.saved) + size(outputs[i] for i in self.saved_outputs)
+        return forward + size(outputs) + again + gradients
 
 
-def _size(tensors: Iterable[Any]) -> int:
+def size(tensors: Iterable[Any]) -> int:
+    """Bytes of the tensors among them."""
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
 
 

@@ -7,7 +7,7 @@ do). The limit is :func:`copy_call`: a copy that moves as many bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,11 @@ def straightening(v: Tensor, x_start: Tensor, x_end: Tensor, dt: Tensor) -> Tens
     return F.mse_loss(v.float(), (x_end.float() - x_start.float()) / step)
 
 
+def contrastive_flow_matching(v: Tensor, x0: Tensor, noise: Tensor, negatives: Tensor) -> Tensor:
+    v, u = v.float(), noise.float() - x0.float()
+    return F.mse_loss(v, u) - 0.05 * F.mse_loss(v, u[negatives])
+
+
 def fgm(u: Tensor, v: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     u, v, w = u.float(), v.float(), noise.float() - x0.float()
     return (2 * (u - v) * (v - w)).flatten(1).mean(1).mean()
@@ -81,12 +86,60 @@ def fgm_sid(u: Tensor, v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, u_uncond
     return (omega * (2 * (u - v) * (v - w)).flatten(1).mean(1)).mean()
 
 
+def self_corrected(
+    v: Tensor,
+    t: Tensor,
+    v_teacher: Tensor,
+    v_post: Tensor,
+    t_post: Tensor,
+    v_prev: Tensor,
+    t_prev: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """With trunc 0.4, c 0.01 and lam_bi 0.1; of velocities alone, as ours is."""
+    v, v_teacher, v_post = v.float(), v_teacher.float(), v_post.float()
+    v_prev, x0, noise = v_prev.float(), x0.float(), noise.float()
+    t, t_post, t_prev = (time.view(-1, *[1] * (v.dim() - 1)) for time in (t, t_post, t_prev))
+    to_post = (t - t_post) * v_teacher + t_post * v_post
+    d_con = torch.where(t_post < 0.4, t * (noise - x0), to_post) - t * v
+    d_bi = t_prev * v_prev - (t_prev - t) * v_teacher - t * v
+    consistency, bidirectional = (
+        ((d.square() + 0.01**2).sqrt() - 0.01).mean() for d in (d_con, d_bi)
+    )
+    return consistency + 0.1 * bidirectional
+
+
+def self_reflow(v_r: Tensor, v_1: Tensor, t: Tensor) -> Tensor:
+    time = t.view(-1, *[1] * (v_r.dim() - 1))
+    return (time * (v_r.float() - v_1.float())).square().mean()
+
+
 def euler_step(x: Tensor, v: Tensor, dt: float) -> Tensor:
     return x + dt * v
 
 
 def guided_euler_step(x: Tensor, v: Tensor, dt: float, v_uncond: Tensor) -> Tensor:
     return x + dt * (v_uncond + 4.5 * (v - v_uncond))
+
+
+def _stage_sum(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
+    total = weights[0] * ks[0]
+    for weight, k in zip(weights[1:], ks[1:], strict=True):
+        total = total + weight * k
+    return total
+
+
+def rk_combine(weights: Sequence[float], dt: float, y: Tensor, *ks: Tensor) -> Tensor:
+    return y + dt * _stage_sum(weights, ks)
+
+
+def rk_error(
+    weights: Sequence[float], dt: float, tolerance: float, y0: Tensor, y1: Tensor, *ks: Tensor
+) -> tuple[Tensor, Tensor]:
+    error = dt * _stage_sum(weights, ks)
+    ratio = error.float() / (tolerance + tolerance * torch.maximum(y0.abs(), y1.abs()).float())
+    return error, ratio.square().mean().sqrt()
 
 
 def compiled(

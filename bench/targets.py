@@ -67,8 +67,8 @@ def target(
     Args:
         family: "norm", "gated", "heads", "joint", "normed joint", "padded joint", "loss", "step",
             "sampler", "adaptive solver", "fixed solver", "bellman", "block",
-            "optimiser" (clip and two averages), "optimiser without momentum" or anything else,
-            which has none.
+            "FGM step", "SCFlow step", "optimiser" (clip and two averages),
+            "optimiser without momentum" or anything else, which has none.
         device: "cpu" or "cuda".
         direction: "forward" or "forward+backward".
         elements: of the largest operand.
@@ -117,6 +117,10 @@ def target(
         if device == "cuda":
             return Target(eager=1.5, compile=1.15)
         return Target(eager=1.06, compile=1.0)
+    if family == "FGM step":
+        return Target(compile=1.1 if device == "cuda" else 1.3)
+    if family == "SCFlow step":
+        return Target(compile=1.2)
     if family == "optimiser":
         return Target(eager=1.3, bandwidth=0.90)
     if family == "optimiser without momentum":

@@ -212,6 +212,12 @@ def _distill_boss(program: str, rest: list[str]) -> None:
     _parse(BOSSRecipe, program, rest).run()
 
 
+def _distill_scflow(program: str, rest: list[str]) -> None:
+    from flowkernels.train.scflow import SCFlowRecipe
+
+    _parse(SCFlowRecipe, program, rest).build().run()
+
+
 def _schedule(program: str, rest: list[str]) -> None:
     from flowkernels.train.scheduling import SCHEDULES, ScheduleConfig, schedule
 
@@ -267,6 +273,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "train": ("train a flow-matching teacher on images", _train),
     "distill fgm": ("distil a teacher into a one-step generator", _distill_fgm),
     "distill boss": ("distil a teacher into students of a few steps", _distill_boss),
+    "distill scflow": (
+        "distil a teacher into one student of one step and of several",
+        _distill_scflow,
+    ),
     "schedule": ("a teacher's best few steps, and what they should buy", _schedule),
     "sample": ("draw images from a finished run", _sample),
     "evaluate": ("accuracy, Fréchet distance and time of teacher and student", _evaluate),

@@ -16,6 +16,7 @@ from flowkernels.train.boss import BOSSRecipe
 from flowkernels.train.evaluate import EvaluateConfig
 from flowkernels.train.recipe_file import load_recipe
 from flowkernels.train.recipes import FGMRecipe, TeacherRecipe
+from flowkernels.train.scflow import SCFlowRecipe
 from flowkernels.train.scheduling import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -256,9 +257,13 @@ def test_module_entry_point() -> None:
 def test_every_recipe_file_is_valid(path: Path) -> None:
     kinds = {
         "teacher": TeacherRecipe,
+        "contrastive": TeacherRecipe,
+        "fm": TeacherRecipe,  # consistency-fm
+        "sid": FGMRecipe,
         "fgm": FGMRecipe,
         "boss": BOSSRecipe,
         "reflow": BOSSRecipe,
+        "scflow": SCFlowRecipe,
         "schedule": ScheduleConfig,
         "evaluate": EvaluateConfig,
     }

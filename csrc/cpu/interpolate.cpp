@@ -33,26 +33,9 @@ FK_CLONES void interpolate(const Interpolate& a, int64_t begin, int64_t end) {
   }
 }
 
-FK_CLONES void interpolate_backward(const InterpolateBackward& a, int64_t begin, int64_t end) {
-  const int64_t total = a.batch * a.elements;
-  Scratch scratch(2, kBlock);
-  const View outputs[2] = {a.grad_x0, a.grad_noise};
-  for (int64_t flat = begin * kBlock; flat < std::min(total, end * kBlock);) {
-    const int64_t last = std::min(total, (flat / kBlock + 1) * kBlock);
-    const Segment at = segment_at(flat, last, a.elements);
-    const float t = value_of(a.t, at.sample);
-    const float* grad = load(a.grad, at.sample, at.first, scratch[0], at.count);
-    for (int output = 0; output < 2; ++output) {
-      if (!outputs[output]) continue;
-      const float factor = output == 0 ? 1.f - t : t;
-      char* target = element(outputs[output], at.sample, at.first);
-      float* result = target_row(target, outputs[output].dtype, scratch[1]);
-#pragma omp simd
-      for (int64_t i = 0; i < at.count; ++i) result[i] = factor * grad[i];
-      store_row(result, target, outputs[output].dtype, at.count);
-    }
-    flat += at.count;
-  }
+FK_CLONES void interpolate_backward(const ScaledGradient& a, int64_t begin, int64_t end) {
+  scale_gradient(a, begin, end,
+                 [](float t, int output) FK_INLINE_LAMBDA { return output == 0 ? 1.f - t : t; });
 }
 
 FK_CLONES void philox_words(const int64_t* groups, const PhiloxStream& stream, int64_t* words,

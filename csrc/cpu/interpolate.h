@@ -23,15 +23,8 @@ struct Interpolate {
 // Reads x0 (+ noise), writes x_t (+ seeded noise): each once.
 void interpolate(const Interpolate& a, int64_t begin, int64_t end);
 
-struct InterpolateBackward {
-  int64_t batch, elements;
-  View grad;        // of x_t
-  View grad_x0;     // (1 - t) grad; empty where not wanted
-  View grad_noise;  // t grad; likewise
-  PerSample t;
-};
-
-void interpolate_backward(const InterpolateBackward& a, int64_t begin, int64_t end);
+// Gradients to x0 and to noise, (1 - t) grad and t grad; the number is t.
+void interpolate_backward(const ScaledGradient& a, int64_t begin, int64_t end);
 
 // words[n][4] of groups [begin, end), as int64.
 void philox_words(const int64_t* groups, const PhiloxStream& stream, int64_t* words, int64_t begin,

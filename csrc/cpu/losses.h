@@ -5,29 +5,12 @@
 //   fgm:           ω mean (2 d e + lam d²)                       d = u - v, e = v - w
 //                  u = u_uncond + guidance (u - u_uncond), ω = weight (t / 2max(mean|u - w|, 1e-5))
 //
-// Operands are [batch, elements] with contiguous samples. A work item is one chunk of one sample,
-// item = sample * chunks + chunk; it leaves its sum in `partial[item]`, so that the totals, added
-// in the order of items, do not depend on threads.
+// Operands are [batch, elements] with contiguous samples, cut into items (loss_items.h).
 #pragma once
 
-#include "samples.h"
+#include "loss_items.h"
 
 namespace flowkernels {
-
-// How sums over samples become the loss; the codes are those of the Python side.
-enum class Reduction : int64_t { none, mean, sum };
-
-struct LossExtent {
-  int64_t batch, elements, chunks;
-  Reduction reduction;
-};
-
-// The factor of a sample's sum in the loss, before its weight.
-FK_INLINE double loss_scale(const LossExtent& a) {
-  if (a.reduction == Reduction::sum) return 1.0;
-  const double mean = 1.0 / static_cast<double>(a.elements);
-  return a.reduction == Reduction::none ? mean : mean / static_cast<double>(a.batch);
-}
 
 // x0 and noise stand for x_start and x_end where there is a dt.
 struct FlowMatching {

@@ -1,6 +1,8 @@
 // Operands [batch, elements] with contiguous samples, and one number a sample beside them.
 #pragma once
 
+#include <algorithm>
+
 #include "rows.h"
 
 namespace flowkernels {
@@ -55,5 +57,39 @@ FK_INLINE int64_t blocks_of(int64_t batch, int64_t elements) {
 }
 
 FK_INLINE int64_t chunks_of(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+
+// Gradients that are the gradient of the result, each times a number of its sample's.
+struct ScaledGradient {
+  int64_t batch, elements;
+  View grad;
+  View outputs[2];  // empty where not wanted
+  PerSample number;
+};
+
+// outputs[i] = factor(number, i) grad: each read and written once. Blocks [begin, end) of the
+// contiguous order.
+template <class F>
+FK_INLINE void scale_gradient(const ScaledGradient& a, int64_t begin, int64_t end,
+                              const F& factor) {
+  const int64_t total = a.batch * a.elements;
+  Scratch scratch(2, kBlock);
+  for (int64_t flat = begin * kBlock; flat < std::min(total, end * kBlock);) {
+    const int64_t last = std::min(total, (flat / kBlock + 1) * kBlock);
+    const Segment at = segment_at(flat, last, a.elements);
+    const float number = value_of(a.number, at.sample);
+    const float* grad = load(a.grad, at.sample, at.first, scratch[0], at.count);
+    for (int index = 0; index < 2; ++index) {
+      const View& output = a.outputs[index];
+      if (!output) continue;
+      const float scale = factor(number, index);
+      char* target = element(output, at.sample, at.first);
+      float* result = target_row(target, output.dtype, scratch[1]);
+#pragma omp simd
+      for (int64_t i = 0; i < at.count; ++i) result[i] = scale * grad[i];
+      store_row(result, target, output.dtype, at.count);
+    }
+    flat += at.count;
+  }
+}
 
 }  // namespace flowkernels

@@ -29,26 +29,11 @@ FK_CLONES void euler_step(const EulerStep& a, int64_t begin, int64_t end) {
   }
 }
 
-FK_CLONES void euler_step_backward(const EulerStepBackward& a, int64_t begin, int64_t end) {
-  const int64_t total = a.batch * a.elements;
-  Scratch scratch(2, kBlock);
-  const View outputs[2] = {a.grad_v, a.grad_v_uncond};
-  for (int64_t flat = begin * kBlock; flat < std::min(total, end * kBlock);) {
-    const int64_t last = std::min(total, (flat / kBlock + 1) * kBlock);
-    const Segment at = segment_at(flat, last, a.elements);
-    const float dt = value_of(a.dt, at.sample);
-    const float* grad = load(a.grad, at.sample, at.first, scratch[0], at.count);
-    for (int output = 0; output < 2; ++output) {
-      if (!outputs[output]) continue;
-      const float factor = dt * (output == 0 ? a.guidance : 1.f - a.guidance);
-      char* target = element(outputs[output], at.sample, at.first);
-      float* result = target_row(target, outputs[output].dtype, scratch[1]);
-#pragma omp simd
-      for (int64_t i = 0; i < at.count; ++i) result[i] = factor * grad[i];
-      store_row(result, target, outputs[output].dtype, at.count);
-    }
-    flat += at.count;
-  }
+FK_CLONES void euler_step_backward(const ScaledGradient& a, float guidance, int64_t begin,
+                                   int64_t end) {
+  scale_gradient(a, begin, end, [=](float dt, int output) FK_INLINE_LAMBDA {
+    return dt * (output == 0 ? guidance : 1.f - guidance);
+  });
 }
 
 }  // namespace flowkernels

@@ -16,15 +16,7 @@ struct EulerStep {
 // Reads every operand once and writes out once. Blocks [begin, end) of the contiguous order.
 void euler_step(const EulerStep& a, int64_t begin, int64_t end);
 
-struct EulerStepBackward {
-  int64_t batch, elements;
-  View grad;
-  View grad_v;         // dt guidance grad; empty where not wanted
-  View grad_v_uncond;  // dt (1 - guidance) grad; likewise
-  PerSample dt;
-  float guidance;
-};
-
-void euler_step_backward(const EulerStepBackward& a, int64_t begin, int64_t end);
+// Gradients to v and to v_uncond, dt guidance grad and dt (1 - guidance) grad; the number is dt.
+void euler_step_backward(const ScaledGradient& a, float guidance, int64_t begin, int64_t end);
 
 }  // namespace flowkernels

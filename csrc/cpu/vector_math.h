@@ -26,6 +26,27 @@ FK_INLINE float vector_exp(float x) {
   return p * scale;
 }
 
+// ln(1 + e) of e in [0, 1] to 2e-7 of itself: 2 atanh z, z = e / (2 + e) <= 1/3, by its series.
+FK_INLINE float vector_log1p(float e) {
+  const float z = e / (2.f + e), w = z * z;
+  float p = 1.f / 15.f;
+  p = p * w + 1.f / 13.f;
+  p = p * w + 1.f / 11.f;
+  p = p * w + 1.f / 9.f;
+  p = p * w + 1.f / 7.f;
+  p = p * w + 1.f / 5.f;
+  p = p * w + 1.f / 3.f;
+  return 2.f * z * (p * w + 1.f);
+}
+
+// ln(1 + e^x) and its derivative 1 / (1 + e^-x), for x of any size. NaN stays NaN.
+FK_INLINE float vector_softplus(float x, float& slope) {
+  const float size = std::fabs(x);
+  const float e = size > 87.f ? 0.f : vector_exp(-size);
+  slope = (x < 0.f ? e : 1.f) / (1.f + e);
+  return (x > 0.f ? x : 0.f) + vector_log1p(e);
+}
+
 FK_INLINE float vector_sigmoid(float x) { return 1.f / (1.f + vector_exp(-x)); }
 
 }  // namespace flowkernels

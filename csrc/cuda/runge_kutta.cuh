@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "../cpu/rows.h"  // DType, View
+#include "../cpu/step_control.h"
 
 namespace flowkernels::cuda {
 
@@ -60,5 +61,26 @@ int64_t error_chunks(const StageList& stages);
 // double, then the chunks' in a fixed order: the same bits each time, and no host sync.
 cudaError_t rk_error(const StageList& stages, const ErrorTerms& terms, bool per_sample,
                      double* partial, void* norm, cudaStream_t stream);
+
+// The same norm and what is decided from it, in one launch: the last block of a column reads the
+// others' sums. `tickets` [columns] are 0 before and after; partial has error_chunks doubles.
+cudaError_t rk_control(const StageList& stages, const ErrorTerms& terms, const StepControl& control,
+                       double* partial, unsigned* tickets, cudaStream_t stream);
+
+// The state and slope to go on from, and the first stage sum:
+//   y, slope = (y1, last) where accepted, else (y0, first);   at = y + dt weight slope
+// [batch, elements], contiguous, of one dtype. Reads and writes: five tensors.
+struct StepBegin {
+  int64_t batch, elements;
+  bool is_double;
+  DType dtype;  // where it is not double
+  const void *y0, *y1, *first, *last;
+  void *y, *slope, *at;
+  const bool* accepted;  // [batch]
+  const double* dt;      // [batch]
+  double weight;
+};
+
+cudaError_t rk_begin(const StepBegin& a, cudaStream_t stream);
 
 }  // namespace flowkernels::cuda

@@ -257,15 +257,12 @@ __device__ __forceinline__ void write_norm(void* norm, int64_t index, double sum
   static_cast<C*>(norm)[index] = static_cast<C>(sqrt(sum / count));
 }
 
-// One block a chunk of a sample. `partial` is null where a sample, or all, is one chunk: then its
-// norm is known here.
+// One block a chunk of a sample: the sum of its squares, in thread 0.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, 2)
-    rk_error_kernel(const __grid_constant__ Table<Compute<T>> table,
-                    const __grid_constant__ Operand y0, const __grid_constant__ Operand y1,
-                    const __grid_constant__ Operand error,
-                    const __grid_constant__ Tolerances<Compute<T>> tolerances, int32_t chunks,
-                    double* partial, void* norm) {
+__device__ __forceinline__ double chunk_squares(const Table<Compute<T>>& table, const Operand& y0,
+                                                const Operand& y1, const Operand& error,
+                                                const Tolerances<Compute<T>>& tolerances,
+                                                int32_t chunks) {
   const int32_t sample = blockIdx.x / chunks;
   const int64_t first = (blockIdx.x - static_cast<int64_t>(sample) * chunks) * kChunk;
   const int64_t last = min(first + kChunk, table.elements);
@@ -278,7 +275,18 @@ __global__ void __launch_bounds__(kThreads, 2)
         total += error_squares<T, 1>(table, y0, y1, error, tolerances, {sample, single});
     }
   }
-  total = sum_of_block(total);
+  return sum_of_block(total);
+}
+
+// `partial` is null where a sample, or all, is one chunk: then its norm is known here.
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads, 2)
+    rk_error_kernel(const __grid_constant__ Table<Compute<T>> table,
+                    const __grid_constant__ Operand y0, const __grid_constant__ Operand y1,
+                    const __grid_constant__ Operand error,
+                    const __grid_constant__ Tolerances<Compute<T>> tolerances, int32_t chunks,
+                    double* partial, void* norm) {
+  const double total = chunk_squares<T, N>(table, y0, y1, error, tolerances, chunks);
   if (threadIdx.x != 0) return;
   if (partial != nullptr)
     partial[blockIdx.x] = total;

@@ -114,6 +114,59 @@ std::tuple<Tensor, Tensor> rk_error_forward(const Tensors ks, const std::vector<
   return {error, norm};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> rk_control(
+    const Tensors ks, const std::vector<double> weights, const Tensor dt, const Tensor plan,
+    const Tensor y0, const Tensor y1, double rtol, double atol, const std::vector<double> nodes,
+    const std::vector<double> limits, const Tensor tickets) {
+  const DeviceGuard guard(y0.get_device_index());
+  const Control control(plan, y0, nodes, limits);
+  const Call call(y0, ks, weights, {}, dt, 0., {&y1});
+  check_device(plan, y0, "plan");
+  check_device(tickets, y0, "tickets");
+  STD_TORCH_CHECK(dt.dim() + 1 == plan.dim(), "dt: need the plan's row of steps");
+  STD_TORCH_CHECK(tickets.scalar_type() == ScalarType::Int && tickets.is_contiguous() &&
+                      tickets.numel() == control.terms.columns,
+                  "tickets: need int32, one for each column of the plan");
+  Tensor partial = empty({cuda::error_chunks(call.list)}, ScalarType::Double, y0);
+  cuda::ErrorTerms terms{};
+  terms.y0 = call.states.view(y0, "y0");
+  terms.y1 = call.states.view(y1, "y1");
+  terms.rtol_value = rtol;
+  terms.atol_value = atol;
+  check_launch(cuda::rk_control(call.list, terms, control.terms,
+                                reinterpret_cast<double*>(data(partial)),
+                                reinterpret_cast<unsigned*>(data(tickets)), stream_of(y0)));
+  return {control.record, control.next, control.accepted, control.times};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rk_begin(const Tensor y0, const Tensor y1, const Tensor first,
+                                            const Tensor last, const Tensor accepted,
+                                            const Tensor dt, double weight) {
+  const DeviceGuard guard(y0.get_device_index());
+  check_begin(y0, {&y1, &first, &last}, accepted, dt);
+  for (const Tensor* other : {&y1, &first, &last, &accepted, &dt})
+    check_device(*other, y0, "operand");
+  const ScalarType dtype = y0.scalar_type();
+  Tensor y = empty_like(y0, dtype), slope = empty_like(y0, dtype), at = empty_like(y0, dtype);
+  cuda::StepBegin a{};
+  a.batch = accepted.numel();
+  a.elements = y0.numel() / a.batch;
+  a.is_double = dtype == ScalarType::Double;
+  if (!a.is_double) a.dtype = dtype_of(y0, "y0");
+  a.y0 = data(y0);
+  a.y1 = data(y1);
+  a.first = data(first);
+  a.last = data(last);
+  a.y = data(y);
+  a.slope = data(slope);
+  a.at = data(at);
+  a.accepted = reinterpret_cast<const bool*>(data(accepted));
+  a.dt = reinterpret_cast<const double*>(data(dt));
+  a.weight = weight;
+  check_launch(cuda::rk_begin(a, stream_of(y0)));
+  return {y, slope, at};
+}
+
 }  // namespace
 }  // namespace flowkernels
 
@@ -122,4 +175,6 @@ STABLE_TORCH_LIBRARY_IMPL(flowkernels, CUDA, m) {
   m.impl("rk_combine_forward", TORCH_BOX(&rk_combine_forward));
   m.impl("rk_combine_out", TORCH_BOX(&rk_combine_out));
   m.impl("rk_error", TORCH_BOX(&rk_error_forward));
+  m.impl("rk_control", TORCH_BOX(&rk_control));
+  m.impl("rk_begin", TORCH_BOX(&rk_begin));
 }

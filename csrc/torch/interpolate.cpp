@@ -53,17 +53,10 @@ std::tuple<Tensor, Tensor> interpolate_seeded(const Tensor x0, const Tensor t,
 }
 
 std::vector<Tensor> interpolate_gradients(const Tensor grad, const Tensor t, int64_t wanted) {
-  WantedOutputs outputs(grad, wanted);
-  InterpolateBackward a{};
-  a.batch = batch_of(grad);
-  a.elements = elements_of(grad);
-  a.grad = samples_view(grad, "grad_x_t", grad);
-  a.t = per_sample(t, "t", grad, 0.f);
-  a.grad_x0 = outputs.next(grad.scalar_type());
-  a.grad_noise = outputs.next(grad.scalar_type());
-  parallel(blocks_of(a.batch, a.elements), kBlock,
-           [&](int64_t begin, int64_t end) { interpolate_backward(a, begin, end); });
-  return std::move(outputs.results);
+  return scaled_gradients(grad, per_sample(t, "t", grad, 0.f), wanted,
+                          [](const ScaledGradient& a, int64_t begin, int64_t end) {
+                            interpolate_backward(a, begin, end);
+                          });
 }
 
 Tensor philox(const Tensor groups, const OptionalTensor seed, int64_t seed_value,

@@ -1,36 +1,10 @@
 // flowkernels::flow_matching_*, fgm_* on CPU.
 #include "../cpu/losses.h"
 
-#include "samples.h"
+#include "loss_items.h"
 
 namespace flowkernels {
 namespace {
-
-LossExtent extent_of(const Tensor& x, int64_t reduction) {
-  const int64_t elements = elements_of(x);
-  return {batch_of(x), elements, chunks_of(elements), static_cast<Reduction>(reduction)};
-}
-
-int64_t items_of(const LossExtent& extent) { return extent.batch * extent.chunks; }
-
-int64_t elements_per_item(const LossExtent& extent) { return std::min(extent.elements, kChunk); }
-
-// Every gradient is right as it was stored.
-bool is_one(const PerSample& grad_output) {
-  return grad_output.stride == 0 && value_of(grad_output, 0) == 1.f;
-}
-
-Tensor empty_loss(const LossExtent& extent, const Tensor& like) {
-  return extent.reduction == Reduction::none ? empty({extent.batch}, ScalarType::Float, like)
-                                             : empty({}, ScalarType::Float, like);
-}
-
-// The loss (and what else leads the list) before the gradients.
-std::vector<Tensor> listed(std::initializer_list<Tensor> first, std::vector<Tensor>& gradients) {
-  std::vector<Tensor> all(first);
-  all.insert(all.end(), gradients.begin(), gradients.end());
-  return all;
-}
 
 FlowMatching describe(const Tensor& v, const Tensor& x0, const Tensor& noise,
                       const OptionalTensor& dt, const OptionalTensor& weight, int64_t reduction) {
@@ -68,7 +42,7 @@ std::vector<Tensor> flow_matching_forward(const Tensor v, const Tensor x0, const
   std::vector<double> partial;
   run(a, partial);
   Tensor loss = empty_loss(a.extent, v);
-  flow_matching_total(a, reinterpret_cast<float*>(data(loss)));
+  flow_matching_total(a, float_data(loss));
   return listed({loss}, outputs.results);
 }
 
@@ -156,11 +130,11 @@ std::vector<Tensor> fgm_forward(const Tensor u, const Tensor v, const Tensor x0,
   a.partial = sums.data();
   a.size = sums.data() + items_of(a.extent);
   Tensor omega = empty({a.extent.batch}, ScalarType::Float, u);
-  a.omega = reinterpret_cast<float*>(data(omega));
+  a.omega = float_data(omega);
   run_forward(a);
   Tensor loss = empty_loss(a.extent, u);
   Tensor skipped = empty({}, ScalarType::Int, u);
-  *static_cast<int32_t*>(skipped.data_ptr()) = fgm_total(a, reinterpret_cast<float*>(data(loss)));
+  *static_cast<int32_t*>(skipped.data_ptr()) = fgm_total(a, float_data(loss));
   return listed({loss, skipped, omega}, outputs.results);
 }
 
@@ -168,7 +142,7 @@ void run_backward(FGM& a, const Tensor& omega, const Tensor& like) {
   STD_TORCH_CHECK(omega.scalar_type() == ScalarType::Float && omega.is_contiguous() &&
                       omega.numel() == batch_of(like),
                   "omega: need contiguous float32 [B]");
-  a.omega = reinterpret_cast<float*>(data(omega));
+  a.omega = float_data(omega);
   std::vector<double> partial(items_of(a.extent));
   a.partial = partial.data();
   parallel(items_of(a.extent), elements_per_item(a.extent),

@@ -2,6 +2,7 @@
 #include "runge_kutta.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "../cpu/runge_kutta.h"
 
@@ -119,6 +120,56 @@ void rk_combine_out(const Tensor y, const Tensors ks, const std::vector<double> 
   run(y, ks, weights, weights_tensor, dt, dt_value, out);
 }
 
+// The terms of an error but for what it is measured against.
+struct ErrorCall {
+  ErrorCall(const Tensors& ks, const std::vector<double>& weights,
+            const OptionalTensor& weights_tensor, const OptionalTensor& dt, double dt_value,
+            const Tensor& y0, const Tensor& y1)
+      : states(y0, ks, dt, {&y1}),
+        stages(states.stages(ks, weights, weights_tensor)),
+        kept(kept_weights(weights, weights_tensor)),
+        steps(dt, dt_value) {
+    terms.batch = states.batch;
+    terms.elements = states.elements;
+    terms.ks = stages.data();
+    terms.weights = kept.data();
+    terms.count = static_cast<int64_t>(stages.size());
+    terms.dt = steps.data();
+    terms.dt_stride = steps.stride;
+    terms.y0 = states.view(y0, "y0");
+    terms.y1 = states.view(y1, "y1");
+  }
+
+  // A norm for each sample where dt is a vector; else the samples' sums are one.
+  std::vector<double> norms() {
+    const int64_t chunks = chunks_of(terms.elements), count = steps.stride ? terms.batch : 1;
+    std::vector<double> partial(terms.batch * chunks);
+    terms.partial = partial.data();
+    parallel(terms.batch * chunks, work_of(std::min(kChunk, terms.elements), stages.size() + 1),
+             [&](int64_t begin, int64_t end) {
+               with_type(states, stages, {terms.y0, terms.y1}, [&](auto type) {
+                 rk_error<typename decltype(type)::type>(terms, begin, end);
+               });
+             });
+    std::vector<double> found(count);
+    const int64_t each = count ? terms.batch * chunks / count : 0;
+    for (int64_t b = 0; b < count; ++b) {
+      double total = 0.;
+      for (int64_t i = 0; i < each; ++i) total += partial[b * each + i];
+      const double norm =
+          std::sqrt(total / static_cast<double>(terms.batch / count * terms.elements));
+      found[b] = states.is_double ? norm : static_cast<float>(norm);
+    }
+    return found;
+  }
+
+  const States states;
+  const std::vector<View> stages;
+  const std::vector<double> kept;
+  const StepSizes steps;
+  StepError terms{};
+};
+
 std::tuple<Tensor, Tensor> rk_error_forward(const Tensors ks, const std::vector<double> weights,
                                             const OptionalTensor weights_tensor,
                                             const OptionalTensor dt, double dt_value,
@@ -126,50 +177,57 @@ std::tuple<Tensor, Tensor> rk_error_forward(const Tensors ks, const std::vector<
                                             const OptionalTensor rtol, const OptionalTensor atol,
                                             double rtol_value, double atol_value,
                                             bool write_error) {
-  const States states(y0, ks, dt, {&y1});
-  const std::vector<View> stages = states.stages(ks, weights, weights_tensor);
-  const std::vector<double> kept = kept_weights(weights, weights_tensor);
-  const StepSizes steps(dt, dt_value);
+  ErrorCall call(ks, weights, weights_tensor, dt, dt_value, y0, y1);
   const ScalarType dtype = promote(ks[0].scalar_type(), ks);
   Tensor error = write_error ? empty_like(y0, dtype) : empty({0}, dtype, y0);
-  StepError a{};
-  a.batch = states.batch;
-  a.elements = states.elements;
-  a.ks = stages.data();
-  a.weights = kept.data();
-  a.count = static_cast<int64_t>(stages.size());
-  a.dt = steps.data();
-  a.dt_stride = steps.stride;
-  a.y0 = states.view(y0, "y0");
-  a.y1 = states.view(y1, "y1");
-  a.rtol = rtol ? states.tolerance(*rtol, "rtol") : nullptr;
-  a.atol = atol ? states.tolerance(*atol, "atol") : nullptr;
-  a.rtol_value = rtol_value;
-  a.atol_value = atol_value;
-  if (write_error) a.error = states.view(error, "error");
-
-  // A norm for each sample where dt is a vector; else the samples' sums are one.
-  const int64_t chunks = chunks_of(a.elements), norms = steps.stride ? a.batch : 1;
-  std::vector<double> partial(a.batch * chunks);
-  a.partial = partial.data();
-  parallel(a.batch * chunks, work_of(std::min(kChunk, a.elements), stages.size() + 1),
-           [&](int64_t begin, int64_t end) {
-             with_type(states, stages, {a.y0, a.y1},
-                       [&](auto type) { rk_error<typename decltype(type)::type>(a, begin, end); });
-           });
-  const ScalarType norm_dtype = states.is_double ? ScalarType::Double : ScalarType::Float;
-  Tensor norm = steps.stride ? empty({norms}, norm_dtype, y0) : empty({}, norm_dtype, y0);
-  const int64_t each = norms ? a.batch * chunks / norms : 0;
-  for (int64_t b = 0; b < norms; ++b) {
-    double total = 0.;
-    for (int64_t i = 0; i < each; ++i) total += partial[b * each + i];
-    const double value = std::sqrt(total / static_cast<double>(a.batch / norms * a.elements));
-    if (states.is_double)
-      reinterpret_cast<double*>(data(norm))[b] = value;
-    else
-      reinterpret_cast<float*>(data(norm))[b] = static_cast<float>(value);
-  }
+  call.terms.rtol = rtol ? call.states.tolerance(*rtol, "rtol") : nullptr;
+  call.terms.atol = atol ? call.states.tolerance(*atol, "atol") : nullptr;
+  call.terms.rtol_value = rtol_value;
+  call.terms.atol_value = atol_value;
+  if (write_error) call.terms.error = call.states.view(error, "error");
+  const std::vector<double> norms = call.norms();
+  const int64_t count = static_cast<int64_t>(norms.size());
+  const ScalarType norm_dtype = call.states.is_double ? ScalarType::Double : ScalarType::Float;
+  Tensor norm = call.steps.stride ? empty({count}, norm_dtype, y0) : empty({}, norm_dtype, y0);
+  if (call.states.is_double)
+    std::copy(norms.begin(), norms.end(), reinterpret_cast<double*>(data(norm)));
+  else
+    std::copy(norms.begin(), norms.end(), reinterpret_cast<float*>(data(norm)));
   return {error, norm};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rk_control(
+    const Tensors ks, const std::vector<double> weights, const Tensor dt, const Tensor plan,
+    const Tensor y0, const Tensor y1, double rtol, double atol, const std::vector<double> nodes,
+    const std::vector<double> limits, const Tensor) {
+  const Control control(plan, y0, nodes, limits);
+  ErrorCall call(ks, weights, {}, dt, 0., y0, y1);
+  STD_TORCH_CHECK(dt.dim() + 1 == plan.dim(), "dt: need the plan's row of steps");
+  call.terms.rtol_value = rtol;
+  call.terms.atol_value = atol;
+  const std::vector<double> norms = call.norms();
+  for (size_t column = 0; column < norms.size(); ++column)
+    control_step(control.terms, static_cast<int64_t>(column), norms[column]);
+  return {control.record, control.next, control.accepted, control.times};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rk_begin(const Tensor y0, const Tensor y1, const Tensor first,
+                                            const Tensor last, const Tensor accepted,
+                                            const Tensor dt, double weight) {
+  check_begin(y0, {&y1, &first, &last}, accepted, dt);
+  const int64_t batch = accepted.numel();
+  const size_t size = y0.numel() * y0.element_size() / batch;
+  const bool* took = reinterpret_cast<const bool*>(data(accepted));
+  Tensor y = empty_like(y0, y0.scalar_type()), slope = empty_like(y0, y0.scalar_type());
+  parallel(batch, y0.numel() / batch, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      std::memcpy(data(y) + b * size, data(took[b] ? y1 : y0) + b * size, size);
+      std::memcpy(data(slope) + b * size, data(took[b] ? last : first) + b * size, size);
+    }
+  });
+  Tensor at = empty_like(y0, y0.scalar_type());
+  run(y, {slope}, {weight}, {}, dt, 0., at);
+  return {y, slope, at};
 }
 
 }  // namespace
@@ -180,4 +238,6 @@ STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   m.impl("rk_combine_forward", TORCH_BOX(&rk_combine_forward));
   m.impl("rk_combine_out", TORCH_BOX(&rk_combine_out));
   m.impl("rk_error", TORCH_BOX(&rk_error_forward));
+  m.impl("rk_control", TORCH_BOX(&rk_control));
+  m.impl("rk_begin", TORCH_BOX(&rk_begin));
 }

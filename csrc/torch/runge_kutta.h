@@ -1,6 +1,7 @@
 // What the CPU and CUDA bindings of the Runge-Kutta operators share: states and stages as views.
 #pragma once
 
+#include "../cpu/step_control.h"
 #include "samples.h"
 
 namespace flowkernels {
@@ -98,6 +99,84 @@ class States {
   const Tensor& like_;
   bool stacked_, flat_;
 };
+
+// What rk_control decides, with room for its results; limits as flowkernels.ops.step.control has
+// them.
+class Control {
+ public:
+  Control(const Tensor& plan, const Tensor& like, const std::vector<double>& nodes,
+          const std::vector<double>& limits)
+      : double_times_(like.scalar_type() == ScalarType::Double) {
+    STD_TORCH_CHECK(plan.scalar_type() == ScalarType::Double && plan.is_contiguous() &&
+                        (plan.dim() == 1 || plan.dim() == 2) && plan.size(0) == kPlanRows,
+                    "plan: need float64 [6] or [6, B]");
+    const bool per_sample = plan.dim() == 2;
+    STD_TORCH_CHECK(!per_sample || (like.dim() > 0 && plan.size(1) == like.size(0)),
+                    "plan: need a column for each sample");
+    STD_TORCH_CHECK(limits.size() == 8, "limits: need 8 numbers");
+    STD_TORCH_CHECK(nodes.size() <= kMostNodes, "nodes: more than a plan holds");
+    STD_TORCH_CHECK(like.numel() > 0, "y0: need an element");
+    columns_ = per_sample ? plan.size(1) : 1;
+    const auto made = [&](int64_t rows, ScalarType dtype) {
+      std::vector<int64_t> size;
+      if (rows) size.push_back(rows);
+      if (per_sample) size.push_back(columns_);
+      return empty(size, dtype, like);
+    };
+    record = made(kPlanRows, ScalarType::Double);
+    next = made(kPlanRows, ScalarType::Double);
+    accepted = made(0, ScalarType::Bool);
+    std::vector<int64_t> size{static_cast<int64_t>(nodes.size())};
+    if (per_sample) size.push_back(columns_);
+    times = empty(size, double_times_ ? ScalarType::Double : ScalarType::Float, like);
+    fill(plan, nodes, limits);
+  }
+
+  StepControl terms{};
+  Tensor record, next, accepted, times;
+
+ private:
+  void fill(const Tensor& plan, const std::vector<double>& nodes,
+            const std::vector<double>& limits) {
+    terms.order = limits[0];
+    terms.safety = limits[1];
+    terms.ifactor = limits[2];
+    terms.dfactor = limits[3];
+    terms.min_step = limits[4];
+    terms.max_step = limits[5];
+    terms.end = limits[6];
+    terms.sign = limits[7];
+    terms.node_count = static_cast<int32_t>(nodes.size());
+    terms.double_times = double_times_;
+    std::copy(nodes.begin(), nodes.end(), terms.nodes);
+    terms.columns = columns_;
+    terms.plan = reinterpret_cast<const double*>(data(plan));
+    terms.record = reinterpret_cast<double*>(data(record));
+    terms.next = reinterpret_cast<double*>(data(next));
+    terms.accepted = reinterpret_cast<bool*>(data(accepted));
+    terms.stage_times = data(times);
+  }
+
+  bool double_times_;
+  int64_t columns_;
+};
+
+// Operands of rk_begin: contiguous, of one dtype; accepted and dt a number for each sample, or one.
+inline void check_begin(const Tensor& y0, std::initializer_list<const Tensor*> others,
+                        const Tensor& accepted, const Tensor& dt) {
+  STD_TORCH_CHECK(y0.is_contiguous() && y0.numel() > 0, "y0: need contiguous elements");
+  for (const Tensor* other : others)
+    STD_TORCH_CHECK(other->is_contiguous() && other->numel() == y0.numel() &&
+                        other->scalar_type() == y0.scalar_type(),
+                    "operands: need the shape, dtype and layout of y0");
+  const int64_t count = accepted.dim() == 0 ? 1 : y0.size(0);
+  STD_TORCH_CHECK(accepted.scalar_type() == ScalarType::Bool && accepted.is_contiguous() &&
+                      accepted.dim() <= std::min<int64_t>(1, y0.dim()) && accepted.numel() == count,
+                  "accepted: need bool [B] or 0-d");
+  STD_TORCH_CHECK(dt.scalar_type() == ScalarType::Double && dt.is_contiguous() &&
+                      dt.dim() == accepted.dim() && dt.numel() == count,
+                  "dt: need float64 like accepted");
+}
 
 // The dtype that the state and the stages promote to.
 inline ScalarType promote(ScalarType dtype, const Tensors& ks) {

@@ -95,4 +95,21 @@ class GivenOutputs {
   size_t index_ = 0;
 };
 
+// The gradients of a ScaledGradient that are wanted, in the dtype of grad; `kernel` takes
+// (ScaledGradient, begin, end).
+template <class F>
+std::vector<Tensor> scaled_gradients(const Tensor& grad, const PerSample& number, int64_t wanted,
+                                     const F& kernel) {
+  WantedOutputs outputs(grad, wanted);
+  ScaledGradient a{};
+  a.batch = batch_of(grad);
+  a.elements = elements_of(grad);
+  a.grad = samples_view(grad, "grad", grad);
+  a.number = number;
+  for (View& output : a.outputs) output = outputs.next(grad.scalar_type());
+  parallel(blocks_of(a.batch, a.elements), kBlock,
+           [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return std::move(outputs.results);
+}
+
 }  // namespace flowkernels

@@ -35,18 +35,11 @@ void euler_step_out(const Tensor x, const Tensor v, const OptionalTensor v_uncon
 
 std::vector<Tensor> euler_step_gradients(const Tensor grad, const OptionalTensor dt,
                                          double dt_value, double guidance, int64_t wanted) {
-  WantedOutputs outputs(grad, wanted);
-  EulerStepBackward a{};
-  a.batch = batch_of(grad);
-  a.elements = elements_of(grad);
-  a.grad = samples_view(grad, "grad", grad);
-  a.dt = per_sample(dt, "dt", grad, static_cast<float>(dt_value));
-  a.guidance = static_cast<float>(guidance);
-  a.grad_v = outputs.next(grad.scalar_type());
-  a.grad_v_uncond = outputs.next(grad.scalar_type());
-  parallel(blocks_of(a.batch, a.elements), kBlock,
-           [&](int64_t begin, int64_t end) { euler_step_backward(a, begin, end); });
-  return std::move(outputs.results);
+  const float scale = static_cast<float>(guidance);
+  return scaled_gradients(grad, per_sample(dt, "dt", grad, static_cast<float>(dt_value)), wanted,
+                          [=](const ScaledGradient& a, int64_t begin, int64_t end) {
+                            euler_step_backward(a, scale, begin, end);
+                          });
 }
 
 }  // namespace

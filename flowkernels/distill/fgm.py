@@ -138,7 +138,7 @@ class FGM(Method):
         self._null_conditions = (
             null_conditions_of(teacher, null_conditions, "guidance") if guidance != 1 else None
         )
-        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int32), persistent=False)
+        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int32))
 
     def train(self, mode: bool = True) -> FGM:
         """Sets the mode of generator and fake; the teacher stays in evaluation mode."""

@@ -20,15 +20,22 @@ from flowkernels.distill.method import (
     standard_normal_like,
 )
 from flowkernels.distill.times import TimeSampling
-from flowkernels.losses import flow_matching, interpolate
+from flowkernels.losses import contrastive_flow_matching, flow_matching, interpolate
 from flowkernels.ode import METHODS, sample, shifted
 
 
 class FlowMatching(Method):
     """Trains a velocity network on data: `E‖v(x_t, t) - (ε - x_0)‖²`, `x_t = (1-t) x_0 + t ε`.
 
+    With `contrastive` λ each velocity is also held away from that of another item of the batch,
+    `ũ = ε' - x_0'`: the loss is `‖v - (ε - x_0)‖² - λ‖v - ũ‖²` (docs/siblings.md says what that
+    does to the samples).
+
     Args:
         model: velocity network `f(x, t, **conditions)`.
+        contrastive: λ in [0, 1); 0 is plain flow matching. The other item is drawn anew for each
+            batch, any of the others with the same probability, and no two samples share theirs. A
+            batch of one has no other item: its loss is that of λ = 0.
         drop_condition: probability that a sample's conditions are all replaced by "nothing",
             which is what guidance needs later.
         t_sampling: "uniform" or "logit-normal".
@@ -54,7 +61,8 @@ class FlowMatching(Method):
         >>> sorted(method.losses(batch))
         ['flow_matching']
 
-    Source: arXiv 2210.02747; arXiv 2207.12598 for dropped conditions.
+    Source: arXiv 2210.02747; arXiv 2207.12598 for dropped conditions; arXiv 2506.05350 for the
+    contrastive term.
     """
 
     deploy = "model"
@@ -63,6 +71,7 @@ class FlowMatching(Method):
         self,
         model: nn.Module,
         *,
+        contrastive: float = 0.0,
         drop_condition: float = 0.1,
         t_sampling: str = "uniform",
         t_range: tuple[float, float] = (0.0, 1.0),
@@ -75,6 +84,8 @@ class FlowMatching(Method):
         null_conditions: NullConditions | None = None,
     ) -> None:
         super().__init__()
+        if not is_number(contrastive) or not 0 <= contrastive < 1:
+            raise ValueError(f"contrastive is {contrastive!r}; it must lie in [0, 1)")
         if not is_number(drop_condition) or not 0 <= drop_condition <= 1:
             raise ValueError(f"drop_condition is {drop_condition!r}; it must lie in [0, 1]")
         if not is_number(guidance):
@@ -84,6 +95,7 @@ class FlowMatching(Method):
         shifted(1, shift)  # raises for a shift that no schedule can have
         check_reduction(reduction)
         self.model = model
+        self.contrastive = contrastive
         self.drop_condition = drop_condition
         self.times = TimeSampling(t_sampling, t_range, logit_mean, logit_std)
         self.guidance = guidance
@@ -105,7 +117,7 @@ class FlowMatching(Method):
         noise = standard_normal_like(x0)
         x_t, _ = interpolate(x0, t, noise)
         velocity = self.model(x_t, t, **conditions)
-        loss = flow_matching(velocity, x0, noise, reduction=self.reduction)
+        loss = self._loss(velocity, x0, noise)
         return {"flow_matching": scaled(loss, self.reduction, len(x0))}
 
     def generate(
@@ -127,6 +139,18 @@ class FlowMatching(Method):
                 uncond=uncond,
             )
 
+    def _loss(self, velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+        if self.contrastive == 0 or len(x0) == 1:
+            return flow_matching(velocity, x0, noise, reduction=self.reduction)
+        return contrastive_flow_matching(
+            velocity,
+            x0,
+            noise,
+            others(len(x0), x0.device),
+            lam=self.contrastive,
+            reduction=self.reduction,
+        )
+
     def _null_conditions(self, option: str) -> NullConditions:
         return null_conditions_of(self.model, self._given_null_conditions, option)
 
@@ -141,3 +165,17 @@ class FlowMatching(Method):
             name: torch.where(drop.view(-1, *[1] * (value.dim() - 1)), nothing[name], value)
             for name, value in conditions.items()
         }
+
+
+def others(count: int, device: torch.device) -> Tensor:
+    """For each of `count` >= 2 items the index of another one, from torch's default generator.
+
+    All are moved on by the same random distance: every other item is as likely, no two items get
+    the same one, and the host waits for nothing.
+
+    Example:
+        >>> others(2, torch.device("cpu"))
+        tensor([1, 0])
+    """
+    distance = torch.randint(1, count, (1,), device=device)
+    return (torch.arange(count, device=device) + distance) % count

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -114,11 +114,21 @@ class Frozen:
             yield
 
 
+class Plan(Protocol):
+    """A loss of generated samples whose gradient is taken at once."""
+
+    def value(self, x0: Tensor) -> Tensor:
+        """The loss without any gradient."""
+
+    def value_and_gradient(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and its gradient with respect to x_0."""
+
+
 class InputGradient(torch.autograd.Function):
-    """`Frozen`'s loss as a function of x_0: (x_0, plan) to a scalar."""
+    """A plan's loss as a function of x_0: (x_0, plan) to a scalar."""
 
     @staticmethod
-    def forward(ctx: Any, x0: Tensor, plan: Frozen) -> Tensor:
+    def forward(ctx: Any, x0: Tensor, plan: Plan) -> Tensor:
         if not ctx.needs_input_grad[0]:
             return plan.value(x0)
         loss, gradient = plan.value_and_gradient(x0)

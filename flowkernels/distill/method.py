@@ -22,18 +22,21 @@ class Phase:
         name: what `Method.losses(batch, phase=name)` computes.
         networks: names of the method's sub-modules whose weights this phase updates.
         repeats: updates in one training step, each with fresh randomness.
+        same_batch: its updates see the batches of the phase before again, where that saves
+            network calls, in place of fresh ones.
 
     Raises:
         ValueError: no network, or `repeats` below 1.
 
     Example:
         >>> Phase("fake", ("fake",), repeats=5)
-        Phase(name='fake', networks=('fake',), repeats=5)
+        Phase(name='fake', networks=('fake',), repeats=5, same_batch=False)
     """
 
     name: str
     networks: tuple[str, ...]
     repeats: int = 1
+    same_batch: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.networks, str) or not self.networks:
@@ -48,13 +51,16 @@ class Method(nn.Module):
     A method owns no optimiser, no device and no loop. It draws its noise and times from torch's
     default generator of the batch's device. One training step is: for each phase in order,
     `repeats` times, the sum of `losses(batch, phase.name)` is back-propagated and the phase's
-    networks are updated.
+    networks are updated; then `after_step()`.
 
     Attributes:
         deploy: name of the network that is evaluated and shipped.
+        uncompiled: names of networks that torch.compile must leave alone: their gradient is
+            differentiated again, which compiled code does not offer.
     """
 
     deploy: str
+    uncompiled: tuple[str, ...] = ()
 
     def phases(self) -> tuple[Phase, ...]:
         """The phases of one training step, in order."""
@@ -87,6 +93,13 @@ class Method(nn.Module):
             [B, ...] samples, made in evaluation mode and without a graph.
         """
         raise NotImplementedError
+
+    def after_step(self) -> None:
+        """What follows the last phase's update in every training step; by default nothing."""
+
+    def monitors(self) -> dict[str, Tensor]:
+        """Further 0-d values of the last losses, for logs; by default none."""
+        return {}
 
     def wants(self, name: str, phase: str | None) -> bool:
         """Whether `losses(..., phase)` includes the phase `name`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,20 @@ def check_conditions(
             raise ValueError("text_lengths is given: this model has no text")
         _expect("text_lengths", text_lengths, (B,))
         _integer("text_lengths", text_lengths, "token counts")
+
+
+def check_layers(layers: Sequence[int], count: int) -> None:
+    """Raise ValueError unless `layers` are indices of some of `count` blocks."""
+    if not layers or any(type(index) is not int or not 0 <= index < count for index in layers):
+        raise ValueError(f"layers is {tuple(layers)}; it needs block indices from 0 to {count - 1}")
+
+
+def key_lengths(x: Tensor, text_lengths: Tensor | None) -> Tensor | None:
+    """[B, 2] int32: valid tokens of the image (all) and of the text; None where all are."""
+    if text_lengths is None:
+        return None
+    image = torch.full_like(text_lengths, x.shape[1])
+    return torch.stack([image, text_lengths], dim=1).to(torch.int32)
 
 
 def _check_image(config: MMDiTConfig, x: Tensor, B: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowkernels.nn import diffusers_weights
 from flowkernels.nn.block import JointBlock, Modulation
-from flowkernels.nn.conditions import check_conditions
+from flowkernels.nn.conditions import check_conditions, check_layers, key_lengths
 from flowkernels.nn.config import MMDiTConfig
 from flowkernels.nn.embeddings import (
     ClassTokens,
@@ -205,16 +205,35 @@ class MMDiT(nn.Module):
             ValueError: a shape that does not fit the configuration, or a condition that the
                 model was not built for or lacks.
         """
-        config = self.config
-        check_conditions(config, x, t, labels, text, pooled, guidance, text_lengths)
-        if labels is None:
-            labels = torch.full((len(x),), config.num_classes, device=x.device)
-        vector = F.silu(self._vector(t, labels, pooled, guidance))
-        grid = (x.shape[2] // config.patch_size, x.shape[3] // config.patch_size)
-        h = self.patch_embedding(x)
-        context = self._context(labels, text)
-        h = self._blocks(h, context.to(h.dtype), vector, grid, text_lengths)
-        return unpatchify(self.final(h), config.in_channels, config.patch_size, grid)
+        inputs = self._inputs(x, t, labels, text, pooled, guidance, text_lengths)
+        h = self.final(self._blocks(*inputs))
+        return unpatchify(h, self.config.in_channels, self.config.patch_size, inputs.grid)
+
+    def features(
+        self, x: Tensor, t: Tensor, layers: Sequence[int], **conditions: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The image tokens after chosen blocks, exactly as in `forward`; no later block runs.
+
+        Args:
+            x, t: those of `forward`.
+            layers: indices of blocks, the joint ones first, then the single-stream ones.
+            **conditions: those of `forward`.
+
+        Returns:
+            One [B, S, D] tensor per index, in the order of `layers`: the residual stream.
+
+        Raises:
+            ValueError: an index that no block has, or what `forward` raises.
+
+        Example:
+            >>> model = MMDiT(MMDiTConfig(image_size=4, dim=8, depth=2, heads=1, num_classes=3))
+            >>> model.features(torch.randn(2, 4, 4, 4), torch.rand(2), (0, 1))[1].shape
+            torch.Size([2, 4, 8])
+        """
+        check_layers(layers, len(self.blocks) + len(self.single_blocks))
+        states: list[Tensor] = []
+        self._blocks(*self._inputs(x, t, **conditions), states, max(layers) + 1)
+        return tuple(states[index] for index in layers)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block in backward instead of storing it: less memory, slower."""
@@ -239,6 +258,26 @@ class MMDiT(nn.Module):
             else:
                 nothing[name] = torch.zeros_like(value)
         return nothing
+
+    def _inputs(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        text: Tensor | None = None,
+        pooled: Tensor | None = None,
+        guidance: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+    ) -> _Inputs:
+        """What the blocks start from, of checked conditions."""
+        check_conditions(self.config, x, t, labels, text, pooled, guidance, text_lengths)
+        if labels is None:
+            labels = torch.full((len(x),), self.config.num_classes, device=x.device)
+        vector = F.silu(self._vector(t, labels, pooled, guidance))
+        h = self.patch_embedding(x)
+        context = self._context(labels, text).to(h.dtype)
+        grid = (x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size)
+        return _Inputs(h, context, vector, grid, text_lengths)
 
     def _vector(
         self, t: Tensor, labels: Tensor, pooled: Tensor | None, guidance: Tensor | None
@@ -272,11 +311,16 @@ class MMDiT(nn.Module):
         vector: Tensor,
         grid: tuple[int, int],
         text_lengths: Tensor | None,
+        states: list[Tensor] | None = None,
+        stop: int = 0,
     ) -> Tensor:
-        """All blocks and the final norm: [B, S, D] image tokens, normed."""
+        """All blocks and the final norm: [B, S, D] image tokens, normed.
+
+        `states` collects the image tokens after each of the first `stop` blocks; no other runs.
+        """
         joint, single, final = self._modulation(vector)
         rope = self._rope(grid, c)
-        lengths = _key_lengths(x, text_lengths)
+        lengths = key_lengths(x, text_lengths)
         after = _Chunks(single[0], single[0]) if single else _Chunks(final, ())
         x_normed = modulated_norm(x, *joint[0].image[:2], eps=self.config.eps)
         c_normed = modulated_norm(c, *joint[0].context[:2], eps=self.config.eps)
@@ -288,6 +332,10 @@ class MMDiT(nn.Module):
                 *(following.image[:2], following.context[:2]),
                 *(rope, lengths),
             )
+            if states is not None:
+                states.append(x)
+                if len(states) == stop:
+                    return x_normed
         if not single:
             return x_normed
         rows = x.shape[1]
@@ -299,6 +347,10 @@ class MMDiT(nn.Module):
         next_chunks = [*single[1:], final]
         for block, chunks, next_ in zip(self.single_blocks, single, next_chunks, strict=True):
             h, normed = self._run(block, h, normed, chunks[2], next_[:2], rope, lengths)
+            if states is not None:
+                states.append(h[:, :rows])
+                if len(states) == stop:
+                    break
         return normed[:, :rows]
 
     def _modulation(self, vector: Tensor) -> tuple[list[_Chunks], list[Modulation], Modulation]:
@@ -329,17 +381,19 @@ class MMDiT(nn.Module):
         return block(*arguments)
 
 
+class _Inputs(NamedTuple):
+    """Image and context tokens, modulation vector [B, D], grid, and valid text tokens."""
+
+    x: Tensor
+    c: Tensor
+    vector: Tensor
+    grid: tuple[int, int]
+    text_lengths: Tensor | None
+
+
 class _Chunks(NamedTuple):
     """A joint block's modulation: (shift, scale, gate) of attention, then of the feed-forward,
     then of the dual attention; or (shift, scale) alone."""
 
     image: Modulation
     context: Modulation
-
-
-def _key_lengths(x: Tensor, text_lengths: Tensor | None) -> Tensor | None:
-    """[B, 2] int32: valid tokens of the image (all) and of the text."""
-    if text_lengths is None:
-        return None
-    image = torch.full_like(text_lengths, x.shape[1])
-    return torch.stack([image, text_lengths], dim=1).to(torch.int32)

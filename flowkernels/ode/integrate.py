@@ -9,6 +9,7 @@ import torch
 
 from flowkernels.ode.solvers.problem import Problem, State, check_inputs, first_event
 from flowkernels.ode.solvers.registry import SOLVERS, solve, solve_event
+from flowkernels.ode.solvers.traced import is_traceable, trace
 
 Tensor = torch.Tensor
 
@@ -69,11 +70,32 @@ def odeint(
         >>> round(y[-1].item(), 6)
         0.367879
     """
+    if not torch.compiler.is_compiling():
+        return _odeint(func, y0, t, rtol, atol, method, options, event_fn)
+    if not is_traceable(func, t, method, options, event_fn):
+        return _apart(func, y0, t, rtol, atol, method, options, event_fn)
+    problem = check_inputs(func, y0, t, rtol, atol, method, options, None, SOLVERS, traced=True)
+    return problem.finish(trace(problem))
+
+
+def _odeint(
+    func: Callable[[Tensor, Any], Any],
+    y0: State,
+    t: Tensor,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    method: str | None,
+    options: dict[str, Any] | None,
+    event_fn: Callable[[Tensor, Any], Tensor] | None,
+) -> Any:
     problem = check_inputs(func, y0, t, rtol, atol, method, options, event_fn, SOLVERS)
     if event_fn is None:
         return problem.finish(run(problem))
     found, solution = run_event(problem)
     return event_time(problem, found, t), problem.finish(solution)
+
+
+_apart = torch.compiler.disable(_odeint)
 
 
 @torch.compiler.disable

@@ -82,6 +82,9 @@ RK4 = Tableau(
     (1 / 8, 3 / 8, 3 / 8, 1 / 8),
 )
 
+FIXED = {"euler": EULER, "midpoint": MIDPOINT, "heun2": HEUN2, "heun3": HEUN3, "rk4": RK4}
+"""The methods that have no error estimate, by name."""
+
 # Embedded pairs ---------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flowkernels.train.frechet import frechet_distance
     from flowkernels.train.recipe_file import load_recipe
     from flowkernels.train.recipes import FGMRecipe, TeacherRecipe
+    from flowkernels.train.scflow import SCFlowRecipe
     from flowkernels.train.scheduling import ScheduleConfig, schedule
     from flowkernels.train.trainer import Trainer
 
@@ -31,6 +32,7 @@ _HOMES = {
     "Loader": "data",
     "OptimConfig": "config",
     "RunFailed": "errors",
+    "SCFlowRecipe": "scflow",
     "ScheduleConfig": "scheduling",
     "TeacherRecipe": "recipes",
     "TrainConfig": "config",
@@ -53,6 +55,7 @@ __all__ = [
     "Loader",
     "OptimConfig",
     "RunFailed",
+    "SCFlowRecipe",
     "ScheduleConfig",
     "TeacherRecipe",
     "TrainConfig",

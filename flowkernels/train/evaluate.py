@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -24,6 +25,8 @@ from flowkernels.train.pictures import save_grid
 from flowkernels.train.process import resolve_device
 
 _BATCH = 500
+# Rows that the table is made for.
+_METHODS = ("student", "FGM", "BOSS", "SCFlow")
 
 
 @dataclass
@@ -33,6 +36,8 @@ class EvaluateConfig:
     flowkernels evaluate --recipe recipes/digits-evaluate.yaml
 
     flowkernels evaluate --recipe recipes/digits-boss-evaluate.yaml
+
+    flowkernels evaluate --recipe recipes/digits-scflow-evaluate.yaml
 
     flowkernels evaluate --teacher runs/my-teacher --student runs/my-student --output runs/judged
     """
@@ -44,8 +49,12 @@ class EvaluateConfig:
     student: str | None = "runs/digits-fgm"
     """Folder of the finished one-step student run. None: no such student."""
     students: tuple[str, ...] = ()
-    """Folders of finished students of a few steps, or folders of such runs (OUTPUT of distill
-    boss)."""
+    """Folders of further finished students, of any method, or folders of such runs (OUTPUT of
+    distill boss). Each is judged at the steps it was made for."""
+    student_steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Step counts of students that take any (distill scflow)."""
+    missing: Literal["error", "skip"] = "error"
+    """skip: leave out those of `students` that are not finished, and say so."""
     schedules: str | None = None
     """schedules.json of `flowkernels schedule`: the teacher at those steps, untrained, too."""
     output: str = "runs/digits-evaluate"
@@ -70,6 +79,9 @@ class EvaluateConfig:
             raise UsageError(f"samples: got {self.samples}, needs at least 2")
         if not self.steps or min(self.steps) < 1:
             raise UsageError(f"steps: got {self.steps}, needs step counts >= 1")
+        few = self.student_steps
+        if not few or min(few) < 1:
+            raise UsageError(f"student_steps: got {few}, needs step counts >= 1")
         reference = self.reference_steps
         if reference is not None and reference < 1:
             raise UsageError(f"reference_steps: got {reference}, needs a step count >= 1")
@@ -113,7 +125,8 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Row
     device = resolve_device(config.device)
     teacher = load_model(config.teacher, device)
     student = None if config.student is None else load_model(config.student, device)
-    few = [load_model(folder, device) for folder in _student_folders(config.students)]
+    folders = _student_folders(config, console)
+    few = [load_model(folder, device) for folder in folders]
     for model in [*few, *([] if student is None else [student])]:
         if model.shape != teacher.shape:
             raise UsageError(f"student: makes images {model.shape}, the teacher {teacher.shape}")
@@ -155,9 +168,12 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Row
         measure("teacher, Bellman steps", teacher, steps, config.guidance, schedule)
     if student is not None:
         measure("student", student, 1)
-    for model in few:
-        for steps in model.schedules:
-            measure(_name(model, steps), model, steps)
+    methods = [model.info["method"] for model in few if not model.schedules]
+    for folder, model in zip(folders, few, strict=True):
+        for steps in _steps(model, config):
+            name = _name(model, steps)
+            several = methods.count(name) > 1
+            measure(f"{name}, {folder.name}" if several else name, model, steps)
     floor = rows[0].frechet * _size_bias(len(dataset), config.samples)
     _write(
         config, rows, floor, teacher, [*few, *([] if student is None else [student])], noise, labels
@@ -166,15 +182,23 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Row
     return rows
 
 
-def _student_folders(given: tuple[str, ...]) -> list[Path]:
+def _student_folders(config: EvaluateConfig, console: Console) -> list[Path]:
     """Each run's folder: those given, or the runs that they hold."""
     found = []
-    for folder in map(Path, given):
+    for folder in map(Path, config.students):
         runs = [folder] if (folder / MODEL).is_file() else sorted(folder.glob(f"k*/{MODEL}"))
         if not runs:
-            raise UsageError(f"students: {folder} holds no finished student (model.json)")
+            message = f"students: {folder} holds no finished student (model.json)"
+            if config.missing == "error":
+                raise UsageError(message)
+            console.print(f"{message}: left out", highlight=False, markup=False, soft_wrap=True)
         found += [run if run == folder else run.parent for run in runs]
     return found
+
+
+def _steps(model: TrainedModel, config: EvaluateConfig) -> tuple[int, ...]:
+    """The step counts at which a student is judged."""
+    return (1,) if model.one_step else tuple(model.schedules) or config.student_steps
 
 
 def _schedules(path: str | None) -> dict[int, Schedule]:
@@ -187,7 +211,9 @@ def _schedules(path: str | None) -> dict[int, Schedule]:
 
 
 def _name(model: TrainedModel, steps: int) -> str:
-    """What a student of a few steps is called in the table."""
+    """What a student is called in the table."""
+    if not model.schedules:
+        return str(model.info["method"])
     path = model.info["schedules"]["path"]
     if path != "teacher":
         return "reflow" if path == "reflow" else "reflow, at the steps"
@@ -260,7 +286,7 @@ def _table(rows: list[Row], config: EvaluateConfig, floor: float) -> Table:
     for row in rows:
         seconds = "" if row.seconds_per_1000 is None else f"{row.seconds_per_1000:.3f}"
         steps = "" if row.steps is None else str(row.steps)
-        style = "bold" if row.name in ("student", "BOSS") else None
+        style = "bold" if row.name in _METHODS else None
         cells = [row.name, steps, f"{row.accuracy:.1%}", f"{row.frechet:.2f}", seconds]
         if paired:
             cells.append("" if row.paired_error is None else f"{row.paired_error:.3f}")
@@ -289,5 +315,5 @@ def _write(
     classes = None if labels is None else labels[:columns]
     strips = [teacher.generate(few, n, classes, config.guidance) for n in (max(config.steps), 1)]
     for student in students:
-        strips += [student.generate(few, n, classes) for n in student.schedules or [1]]
+        strips += [student.generate(few, n, classes) for n in _steps(student, config)]
     save_grid(folder / "samples.png", torch.cat(strips).cpu(), columns)

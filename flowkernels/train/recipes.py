@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from flowkernels.distill import FGM, FlowMatching
+from flowkernels.distill import FGM, ConsistencyFM, FlowMatching
 from flowkernels.nn import MMDiT, MMDiTConfig
 from flowkernels.train.config import OptimConfig, TrainConfig
 from flowkernels.train.data import ImageDataset, load_dataset
 from flowkernels.train.errors import UsageError
-from flowkernels.train.export import load_model
+from flowkernels.train.export import TrainedModel, load_model
 from flowkernels.train.random_state import seed_everything
 from flowkernels.train.trainer import Trainer
 
@@ -39,6 +39,9 @@ class ModelConfig:
 class FlowMatchingOptions:
     """Flow matching: `‖v(x_t, t, class) - (noise - x0)‖²`."""
 
+    contrastive: float = 0.0
+    """λ of contrastive flow matching (arXiv 2506.05350; its own is 0.05): velocities are held away
+    from those of other images. 0: plain flow matching."""
     drop_condition: float = 0.1
     """Probability that an image is shown without its class (needed for guidance)."""
     t_sampling: Literal["uniform", "logit-normal"] = "uniform"
@@ -51,6 +54,20 @@ class FlowMatchingOptions:
     """Its standard deviation."""
     guidance: float = 1.0
     """Classifier-free guidance scale of the sample grids; 1 is none."""
+
+
+@dataclass
+class ConsistencyOptions:
+    """Consistency-FM (arXiv 2407.02398): steps of a segment of time all end at one point."""
+
+    segments: int = 2
+    """K even segments of time; the model is made for K Euler steps."""
+    delta: float = 1e-3
+    """Δ between the two times compared. Smaller: less bias, more training."""
+    alpha: float = 1e-5
+    """Weight of the velocities' own difference, beside that of the endpoints."""
+    target_decay: float = 0.999
+    """Decay of the moving average compared with; 0: the model itself, without gradient."""
 
 
 @dataclass
@@ -91,6 +108,7 @@ class TeacherRecipe(TrainConfig):
 
         flowkernels train --recipe recipes/digits-teacher.yaml
         flowkernels train --recipe recipes/digits-teacher.yaml --optim.lr 5e-4 --steps 2000
+        flowkernels train --recipe recipes/digits-consistency-fm.yaml --consistency.segments 4
 
     Killed? Run the same command again: it goes on from its last checkpoint, bit for bit.
 
@@ -101,10 +119,16 @@ class TeacherRecipe(TrainConfig):
     """Folder of the run: checkpoints, samples, TensorBoard logs, the final weights."""
     recipe: str | None = None
     """YAML file with any of these options."""
+    kind: Literal["flow-matching", "consistency-fm"] = "flow-matching"
+    """consistency-fm: straight within each segment of time, for few steps; see consistency."""
+    start: str | None = None
+    """Folder of a finished run to begin with: its weights, and its model in place of the one
+    below. None: random weights."""
     grid_steps: int = 50
     """Sampling steps for the grid."""
     model: ModelConfig = field(default_factory=ModelConfig)
     method: FlowMatchingOptions = field(default_factory=FlowMatchingOptions)
+    consistency: ConsistencyOptions = field(default_factory=ConsistencyOptions)
 
     def build(self) -> Trainer:
         """The trainer of this recipe.
@@ -116,11 +140,32 @@ class TeacherRecipe(TrainConfig):
         dataset = load_dataset(self.data)
         seed_everything(self.seed)
         try:
-            config = self._model_config(dataset)
-            method = FlowMatching(MMDiT(config), **asdict(self.method))
+            method = self._method(self._network(dataset))
         except ValueError as error:
             raise UsageError(str(error)) from error
         return Trainer(method, self, dataset)
+
+    def validate(self) -> None:
+        """Raise UsageError, naming the key, where a value makes no sense."""
+        super().validate()
+        if self.kind == "consistency-fm" and self.method.contrastive != 0:
+            raise UsageError(
+                f"method.contrastive: got {self.method.contrastive}, needs 0.0 with kind "
+                "consistency-fm"
+            )
+
+    def _network(self, dataset: ImageDataset) -> MMDiT:
+        if self.start is None:
+            return MMDiT(self._model_config(dataset))
+        network = _load_flow(self.start, "start", dataset, self.data.labels).network
+        return network.requires_grad_(True).train()
+
+    def _method(self, network: MMDiT) -> FlowMatching:
+        options = asdict(self.method)
+        if self.kind == "flow-matching":
+            return FlowMatching(network, **options)
+        del options["contrastive"]
+        return ConsistencyFM(network, **options, **asdict(self.consistency))
 
     def _model_config(self, dataset: ImageDataset) -> MMDiTConfig:
         channels, height, width = dataset.shape
@@ -177,19 +222,32 @@ class FGMRecipe(TrainConfig):
             UsageError: settings that do not fit together, a missing teacher, or missing data.
         """
         self.validate()
-        teacher = load_model(self.teacher)
-        if not teacher.is_flow:
-            raise UsageError(f"teacher: {self.teacher} holds a student of few steps, not a flow")
         dataset = load_dataset(self.data)
-        classes = len(dataset.classes) if self.data.labels else 0
-        if (teacher.shape, teacher.num_classes) != (dataset.shape, classes):
-            raise UsageError(
-                f"data: images {dataset.shape} of {classes} classes, but the teacher in "
-                f"{self.teacher} makes {teacher.shape} of {teacher.num_classes}"
-            )
+        teacher = _load_flow(self.teacher, "teacher", dataset, self.data.labels)
         seed_everything(self.seed)
         try:
             method = FGM(teacher.network, **asdict(self.method))
         except ValueError as error:
             raise UsageError(str(error)) from error
         return Trainer(method, self, dataset)
+
+
+def _load_flow(folder: str, option: str, dataset: ImageDataset, labels: bool) -> TrainedModel:
+    """The finished flow in a folder, of the images in the dataset.
+
+    Raises:
+        UsageError: it is missing, no flow, or of other images; `option` named the folder.
+    """
+    model = load_model(folder)
+    if not model.is_flow:
+        raise UsageError(f"{option}: {folder} holds a student of few steps, not a flow")
+    classes = len(dataset.classes) if labels else 0
+    if (model.shape, model.num_classes) != (dataset.shape, classes):
+        raise UsageError(
+            f"data: images {dataset.shape} of {classes} classes, but the {_ROLES[option]} in "
+            f"{folder} makes {model.shape} of {model.num_classes}"
+        )
+    return model
+
+
+_ROLES = {"start": "model", "teacher": "teacher"}

@@ -56,6 +56,9 @@ class ScheduleConfig:
     """Power of the error's norm in the cost: 2 as in BOSS, 1 as in GITS."""
     discount: float = 1.0
     """On the cost of later steps: 1 as in BOSS, 1.15 as in GITS."""
+    endpoints: bool = False
+    """Also sample in K steps, untrained, along the schedules and along even steps: how far both end
+    from the teacher."""
     bootstrap: int = 200
     """Resamples of the noises, for the confidence of schedules and gains."""
     seed: int = 0
@@ -120,6 +123,7 @@ def find_schedules(
             power=config.power,
             discount=config.discount,
             bootstrap=config.bootstrap,
+            endpoints=config.endpoints,
             seed=config.seed,
         )
     except (TypeError, ValueError) as error:

@@ -20,6 +20,7 @@ from flowkernels.train.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
+from flowkernels.train.compiling import compile_blocks
 from flowkernels.train.config import TrainConfig
 from flowkernels.train.data import ImageDataset, Loader, load_dataset
 from flowkernels.train.errors import RunFailed, UsageError
@@ -41,11 +42,12 @@ if TYPE_CHECKING:
     from flowkernels.distill import Method, Phase
 
 # Settings that may change between a checkpoint and its resume without changing the result (the
-# teacher's weights are in the checkpoint).
+# teacher's weights, and those of a model that was begun with, are in the checkpoint).
 _HARMLESS = {
     "output",
     "recipe",
     "teacher",
+    "start",
     "fresh",
     "log_every",
     "save_every",
@@ -61,9 +63,10 @@ _HARMLESS = {
 class Trainer:
     """Trains a method's networks; saves so that a killed run goes on bit for bit.
 
-    One step runs each phase of `method.phases()` in order, `phase.repeats` times: a fresh batch,
-    `method.losses(batch, phase.name)`, one backward pass of their sum (`accumulate` of them), one
-    step of that phase's `AdamWEMA`. Nothing in a step waits for the device.
+    One step runs each phase of `method.phases()` in order, `phase.repeats` times: a fresh batch
+    (or the last one again, where the phase says so), `method.losses(batch, phase.name)`, one
+    backward pass of their sum (`accumulate` of them), one step of that phase's `AdamWEMA`. Then
+    `method.after_step()`. Nothing in a step waits for the device.
 
     Files in `config.output`: `checkpoint-XXXXXXXX/` (complete state), `weights.safetensors` and
     `model.json` (the deployed network: the first EMA, or the raw weights without one), `samples/`
@@ -102,6 +105,7 @@ class Trainer:
         self.phases: tuple[Phase, ...] = method.phases()
         self.step = 0
         self.meter = LossMeter()
+        self._batches: list[dict[str, Tensor]] = []  # of the update at hand, or the one before
         self.loader = Loader(
             self.dataset,
             config.batch_size,
@@ -196,12 +200,18 @@ class Trainer:
                 group["lr"].fill_(rate)  # a tensor on the device: a replayed graph sees it too
             for _ in range(phase.repeats):
                 self._update(phase, optimizer)
+        self._batches = []
+        getattr(self.method, "after_step", lambda: None)()
         self.step += 1
 
     def _update(self, phase: Phase, optimizer: AdamWEMA) -> None:
         optimizer.zero_grad(set_to_none=True)
-        for _ in range(self.config.accumulate):
-            batch = self.loader.next_batch()
+        if not (getattr(phase, "same_batch", False) and self._batches):
+            self._batches = []
+        for index in range(self.config.accumulate):
+            if index == len(self._batches):
+                self._batches.append(self.loader.next_batch())
+            batch = self._batches[index]
             with self._autocast():
                 losses = self.method.losses(batch, phase.name)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
@@ -225,6 +235,8 @@ class Trainer:
         others = {"nonfinite/skipped_updates": float(self._check_finite())}
         if (samples := getattr(self.method, "nonfinite", None)) is not None:
             others["nonfinite/left_out_samples"] = float(samples)
+        monitors: dict[str, Tensor] = getattr(self.method, "monitors", dict)()
+        others.update({f"monitor/{name}": float(value) for name, value in monitors.items()})
         for phase in self.phases:
             optimizer = self.optimizers[phase.name]
             others[f"learning_rate/{phase.name}"] = float(optimizer.param_groups[0]["lr"])
@@ -372,20 +384,9 @@ class Trainer:
             for enable in filter(None, offers):
                 enable()
         if self.config.compile:
-            for network in networks:
-                compile_blocks(network)
-
-
-def compile_blocks(network: nn.Module) -> None:
-    """torch.compile each block (member of a `ModuleList` child), or the network if it has none.
-
-    Blocks are alike, so one compilation serves them all; names in the state stay as they are.
-    """
-    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-    # A list of plain layers (one linear per block, say) is not worth a compilation each.
-    blocks = [block for blocks in lists for block in blocks if any(True for _ in block.children())]
-    for block in blocks or [network]:
-        block.compile(dynamic=False)
+            for name, network in self.method.named_children():
+                if name not in getattr(self.method, "uncompiled", ()):
+                    compile_blocks(network)
 
 
 def _load_optimizer(optimizer: AdamWEMA, state: dict[str, Any]) -> None:

@@ -19,9 +19,10 @@ from flowkernels.ode import (
     shifted,
     uniform,
 )
+from flowkernels.ode.bellman.gram import row_count
 from flowkernels.ode.bellman.path import schedules_of
 from flowkernels.ode.bellman.result import even_stops, total_cost
-from flowkernels.ode.bellman.schedule import stability_of
+from flowkernels.ode.bellman.schedule import MICRO_BATCH_BYTES, _micro_batches, stability_of
 from tests.ode.bellman_oracles import mixture, pairwise, roll, uneven
 
 QUICK = {"grid": 20, "bootstrap": 0}
@@ -127,6 +128,24 @@ def test_power_and_discount_are_passed_on(noise):
     cost = bellman_cost(accumulator, uniform(20), power=1)
     assert torch.equal(found.cost, cost)
     assert found.schedules == dict(bellman_path(cost, uniform(20), (2, 4, 6, 8), discount=1.15))
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_the_full_size_fits_in_12_gib_by_construction(method):
+    """N = 100, 100 noises of 3×256×256: what the portions hold, by their sizes (the peaks of such
+    portions are measured in test_bellman_cost.py).
+    """
+    noise = torch.empty(100, 3, 256, 256, device="meta")
+    batches = _micro_batches(noise, 100, method, None)
+    assert [b.start for b in batches[1:]] == [b.stop for b in batches[:-1]]
+    assert batches[0].start == 0
+    assert batches[-1].start < 100 <= batches[-1].stop
+    rows = max(b.stop - b.start for b in batches)
+    a_state = rows * noise[0].numel() * 4
+    increments = row_count(100, method == "heun") * a_state
+    assert increments <= MICRO_BATCH_BYTES
+    products = 2 * 8 * 100 * 100**2  # of each noise, and its costs
+    assert increments + 6 * a_state + noise.numel() * 4 + products < 12 << 30
 
 
 def test_states_keep_their_dtype_and_velocities_may_be_lower():

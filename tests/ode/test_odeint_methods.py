@@ -262,11 +262,3 @@ def test_empty_batches(method: str) -> None:
             options=options,
         )  # fmt: skip
         assert found.shape == (3, 0, 3)
-
-
-def test_compile_breaks_the_graph_once() -> None:
-    explained = torch._dynamo.explain(
-        lambda y: odeint(lambda t, x: -x, y * 2, torch.tensor([0.0, 1.0])) + 1
-    )(torch.ones(2))
-    assert explained.graph_break_count <= 1
-    assert len(explained.graphs) <= 2

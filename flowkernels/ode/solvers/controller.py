@@ -20,6 +20,7 @@ import torch
 from flowkernels.ode.solvers.problem import Problem
 from flowkernels.ode.solvers.stages import Sums
 from flowkernels.ode.tableaus import Tableau
+from flowkernels.ops.step.reference import Limits
 
 Tensor = torch.Tensor
 
@@ -97,13 +98,12 @@ class Controller:
     def bounded(self, dt: float) -> float:
         return min(max(dt, self.min_step), self.max_step)
 
-    def next_sizes(self, dt: Tensor, ratio: Tensor) -> Tensor:
-        """:meth:`next_size` of tensors."""
-        ratio = ratio.to(dt.dtype)
-        least = torch.where(ratio < 1.0, 1.0, self.dfactor)
-        factor = torch.maximum(self.safety / ratio ** (1.0 / self.order), least)
-        factor = torch.where(ratio == 0.0, self.ifactor, factor.clamp(max=self.ifactor))
-        return (dt * factor).clamp(self.min_step, self.max_step)
+    def limits(self, problem: Problem) -> Limits:
+        """What bounds steps that tensors control, to the last output time."""
+        return Limits(
+            self.order, self.safety, self.ifactor, self.dfactor, self.min_step, self.max_step,
+            problem.t[-1].item(), problem.sign,
+        )  # fmt: skip
 
 
 def _times_from(values: Any, start: Tensor, problem: Problem) -> Tensor:

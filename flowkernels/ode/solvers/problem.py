@@ -195,8 +195,10 @@ def check_inputs(
     options: dict[str, Any] | None,
     event_fn: Callable[..., Any] | None,
     solvers: dict[str, Any],
+    *,
+    traced: bool = False,
 ) -> Problem:
-    """The problem in normal form.
+    """The problem in normal form; where it is ``traced`` time stays the caller's, not looked at.
 
     Raises:
         AssertionError: the state is no tensor or tuple, the times are not strictly monotonic.
@@ -224,7 +226,7 @@ def check_inputs(
     if method not in solvers:
         names = '", "'.join(solvers)
         raise ValueError(f'Invalid method "{method}". Must be one of {{"{names}"}}.')
-    sign = _check_times(t)
+    sign = _check_times(t, traced)
     t = t if sign > 0 else -t
     if sign < 0:
         _reverse_options(options)
@@ -306,11 +308,13 @@ def _tolerance(value: Any, y0: Tensor) -> float | Tensor:
     return float(value)
 
 
-def _check_times(t: Any) -> int:
+def _check_times(t: Any, traced: bool) -> int:
     require(isinstance(t, Tensor), "t must be a torch.Tensor")
     if not t.is_floating_point():
         raise TypeError(f"`t` must be a floating point Tensor but is a {t.type()}")
     require(t.ndim == 1, "t must be one dimensional")
+    if traced:
+        return 1
     values = t.tolist()
     sign = -1 if len(values) > 1 and values[0] > values[1] else 1
     ascending = all(sign * b > sign * a for a, b in pairwise(values))

@@ -115,7 +115,7 @@ class Sums:
 
     def column(self, values: Tensor) -> Tensor:
         """A number for each sample, or one for all, against states."""
-        values = values.to(self.compute.to_real())
+        values = values.to(self.problem.time_dtype)
         return per_sample(values, self.problem.y0) if values.dim() == 1 else values
 
     def error_ratio(

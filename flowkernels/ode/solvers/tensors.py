@@ -10,14 +10,17 @@ Samples that are past the last output time stand still: their steps have dt = 0 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from flowkernels.ode.solvers.controller import Controller, first_step
+from flowkernels.ode.solvers.fused import FusedSteps, Taken
 from flowkernels.ode.solvers.problem import Problem
 from flowkernels.ode.solvers.stages import Sums, runge_kutta, share_memory, shifted
 from flowkernels.ode.tableaus import Tableau
+from flowkernels.ops.step.reference import ACCEPTED, MOVING, STUCK, next_sizes
 
 Tensor = torch.Tensor
 
@@ -49,17 +52,6 @@ def _check_per_sample(problem: Problem) -> None:
         raise ValueError("event_fn: per_sample has no events, need one solve for each sample")
 
 
-class _Taken(NamedTuple):
-    """A step as it was taken: what its interpolant needs, and its record on the way to the host."""
-
-    y: Tensor
-    ks: list[Tensor]
-    t: Tensor
-    dt: Tensor
-    record: Tensor
-    copied: Any
-
-
 class TensorAdaptive:
     """Steps until the records show that every output time is passed."""
 
@@ -83,11 +75,13 @@ class TensorAdaptive:
         self.outputs = [problem.y0, *(torch.zeros_like(problem.y0) for _ in problem.t[1:])]
         self.out_times = problem.t.to(self.control.dtype)
         self.host_times = self.out_times.tolist()
+        self.limits = self.control.limits(problem)
         self._begin()
+        self.take: Callable[[], Taken] = FusedSteps(self).take if self._fuses() else self.step
         every = self._every()
-        kept: deque[_Taken] = deque()
+        kept: deque[Taken] = deque()
         while self.pending:
-            kept.append(self._step())
+            kept.append(self.take())
             if every is None:
                 if len(kept) > 1:
                     self._look([kept.popleft()])
@@ -99,12 +93,26 @@ class TensorAdaptive:
     def integrate_until_event(self) -> tuple[Tensor, Tensor]:
         raise ValueError("event_fn: per_sample has no events, need one solve for each sample")
 
-    def _every(self) -> int | None:
-        """How many steps a look; None for one a step, a step late."""
+    def _watched(self) -> bool:
+        """Whether more than numbers comes of a step: gradients, callbacks, times to stop at."""
         graded = torch.is_grad_enabled() and (
             self.slope.requires_grad or self.y.requires_grad or self.t.requires_grad
         )
-        if graded or self.problem.callbacks or len(self.stops) > 1:
+        return graded or bool(self.problem.callbacks) or len(self.stops) > 1
+
+    def _fuses(self) -> bool:
+        """Whether kernels serve all of a step: the norm is theirs, times are float64."""
+        kernels = self.sums.fused_norm and not self.sums.plain(self.y, self.slope)
+        return (
+            kernels
+            and self.y.numel() > 0
+            and self.control.dtype == torch.float64
+            and not self._watched()
+        )
+
+    def _every(self) -> int | None:
+        """How many steps a look; None for one a step, a step late."""
+        if self._watched():
             return 1
         every = self.problem.options.get("sync_every")
         if every is None and self.y.device.type == "cuda":
@@ -117,31 +125,30 @@ class TensorAdaptive:
         problem, control = self.problem, self.control
         self.y = problem.y0
         self.t = problem.t[0].to(control.dtype).expand(self.rows)
-        self.slope = self._slope(self.t, self.y)
+        self.slope = self.slope_at(self.t, self.y)
         count = self.rows[0] if self.rows else 1
         self.pending = count * (len(problem.t) - 1)
         self.taken = torch.zeros(count, dtype=torch.int64)  # since the last output, on the host
         if control.first_step is not None:
             self.dt = torch.full_like(self.t.detach(), control.first_step)
         else:
-            found = first_step(
-                problem, self.sums, self.t.detach(), self.slope.clone(), control.order, self._slope
-            )
+            t, slope = self.t.detach(), self.slope.clone()
+            found = first_step(problem, self.sums, t, slope, control.order, self.slope_at)
             self.dt = found.to(control.dtype)
         self.dt = self.dt.contiguous()
 
-    def _slope(self, tau: Tensor, y: Tensor) -> Tensor:
+    def slope_at(self, tau: Tensor, y: Tensor) -> Tensor:
         return self.problem.slope(self.problem.user_time(tau.to(self.problem.time_dtype)), y)
 
-    def _step(self) -> _Taken:
+    def step(self) -> Taken:
         """Take one step for all rows, of dt = 0 for those that are done; nothing is read back."""
-        control, t, y = self.control, self.t, self.y
-        end = self.out_times.detach()[-1]
+        control, limits, t, y = self.control, self.limits, self.t, self.y
         with torch.no_grad():
             size = torch.where(torch.isfinite(self.dt), self.dt, control.min_step)
             size = size.clamp(control.min_step, control.max_step)
-            moving = t < end
+            moving = t < limits.end
         self.problem.notify("callback_step", t, y, size)
+        sign = self.problem.sign
         t1, dt, on_stop = self._stopped(t, size)
         stuck = moving & ~(t1.detach() > t.detach())
         dt = torch.where(moving, dt, 0.0)
@@ -154,14 +161,12 @@ class TensorAdaptive:
             )
             assert isinstance(ratio, Tensor)
             accepted = moving & ((ratio <= 1.0) | (step <= control.min_step))
-            self.dt = torch.where(moving, control.next_sizes(step, ratio), self.dt)
+            self.dt = torch.where(moving, next_sizes(step, ratio, limits), self.dt)
+            flags = accepted + float(MOVING) * moving + float(STUCK) * stuck
             record = torch.stack(
-                [
-                    t.detach(), t1.detach(), size, ratio.to(t.dtype),
-                    accepted + 2.0 * moving + 4.0 * stuck,
-                ]
-            )  # fmt: skip
-        taken = _Taken(y, ks, t, dt, record, self._send(record))
+                [t.detach(), t1.detach(), sign * step, size, ratio.to(t.dtype), flags]
+            )
+        taken = Taken(y, ks, t, sign * dt, record, self.send(record))
         self._commit(accepted, y1, ks[-1], t1, on_stop)
         return taken
 
@@ -190,7 +195,7 @@ class TensorAdaptive:
         if not self.copy and share_memory(ks):
             # The right-hand side overwrites what it returned before: again, on copies.
             self.copy = True
-            self.slope = self._slope(t, self.y).clone()
+            self.slope = self.slope_at(t, self.y).clone()
             return self._stages(t, dt, t1)
         return y1, ks
 
@@ -202,14 +207,14 @@ class TensorAdaptive:
             again = accepted & on_stop
             if bool(again.any()):
                 after = torch.where(again, shifted(t1.to(self.problem.time_dtype), up=True), t1)
-                fresh = self._slope(after, torch.where(column, y1, self.y))
+                fresh = self.slope_at(after, torch.where(column, y1, self.y))
                 rows = again.reshape(column.shape)
                 slope = torch.where(rows, fresh, slope)
         self.y = torch.where(column, y1, self.y)
         self.slope = torch.where(column, slope, self.slope)
         self.t = torch.where(accepted, t1, self.t)
 
-    def _send(self, record: Tensor) -> Any:
+    def send(self, record: Tensor) -> Any:
         """Start the copy of a record to the host where the host will look a step late."""
         if record.device.type != "cuda":
             return None
@@ -221,21 +226,21 @@ class TensorAdaptive:
 
     # On the host ---------------------------------------------------------------------------------
 
-    def _look(self, kept: list[_Taken]) -> None:
+    def _look(self, kept: list[Taken]) -> None:
         """Read the records of some steps; write the outputs that they passed."""
         if kept[-1].copied is None:
             records = torch.stack([each.record for each in kept])
         else:
             kept[-1].copied[1].synchronize()
             records = torch.stack([each.copied[0] for each in kept])
-        for taken, record in zip(kept, records.reshape(len(kept), 5, -1), strict=True):
+        for taken, record in zip(kept, records.reshape(len(kept), 6, -1), strict=True):
             if self.pending:
                 self._read(taken, record)
 
-    def _read(self, taken: _Taken, record: Tensor) -> None:
-        t0, t1, size, _, flags = record.unbind(0)
-        accepted, moving = flags % 2 == 1, flags % 4 >= 2
-        stuck = flags >= 4
+    def _read(self, taken: Taken, record: Tensor) -> None:
+        t0, t1, _, size, _, flags = record.unbind(0)
+        accepted, moving = flags % 2 == ACCEPTED, flags % 4 >= MOVING
+        stuck = flags >= STUCK
         if bool(stuck.any()):
             y = taken.y if not self.rows else taken.y[stuck.nonzero()[0, 0].to(taken.y.device)]
             if not torch.isfinite(y).all():
@@ -256,7 +261,7 @@ class TensorAdaptive:
         if bool(over.any()):
             raise AssertionError(f"max_num_steps exceeded ({int(self.taken[over].max())}>={most})")
 
-    def _write(self, index: int, taken: _Taken, here: Tensor) -> None:
+    def _write(self, index: int, taken: Taken, here: Tensor) -> None:
         """One output time, interpolated for the samples that passed it in this step."""
         t = self.out_times[index]
         if not self.rows:
@@ -274,8 +279,8 @@ class TensorAdaptive:
     def _interpolated(
         self, y: Tensor, ks: list[Tensor], t0: Tensor, dt: Tensor, t: Tensor
     ) -> Tensor:
-        x = (t - t0) / dt
-        power = self.problem.sign * dt * x
+        x = self.problem.sign * (t - t0) / dt
+        power = dt * x
         for weights in self.tableau.interpolant:
             y = self.sums.combine(y, ks, weights, power)
             power = power * x

@@ -6,6 +6,7 @@ import torch
 
 from flowkernels.ops import _library
 from flowkernels.ops._autograd import apply
+from flowkernels.ops._losses import needs_grad
 from flowkernels.ops._samples import (
     REDUCTIONS,
     check_batch_vector,
@@ -135,7 +136,7 @@ def _residual_loss(
 ) -> Tensor:
     """Checked operands to the loss of ``v - (noise - x0)/dt``."""
     served = kernels_read_samples(v, x0, noise, weight)
-    served = served and not _needs_grad(weight) and not _needs_grad(dt)
+    served = served and not needs_grad(weight) and not needs_grad(dt)
     backend = _library.choose(name, v.device, served)
     if backend == "reference":
         return reference.flow_matching(v, x0, noise, dt, weight, reduction)
@@ -228,7 +229,7 @@ def fgm(
     backend = _library.choose(
         "fgm",
         u.device,
-        kernels_read_samples(u, v, x0, noise, u_uncond, weight) and not _needs_grad(weight),
+        kernels_read_samples(u, v, x0, noise, u_uncond, weight) and not needs_grad(weight),
     )
     if backend == "reference":
         loss, skipped = reference.fgm(
@@ -247,10 +248,6 @@ def fgm(
     if nonfinite is not None:
         nonfinite.add_(skipped)
     return loss
-
-
-def _needs_grad(weight: Tensor | None) -> bool:
-    return weight is not None and weight.requires_grad and torch.is_grad_enabled()
 
 
 def _check_counter(nonfinite: Tensor, like: Tensor) -> None:

@@ -1,55 +1,18 @@
-"""How a loss whose gradients are born in its forward pass meets autograd.
-
-The forward operator writes the gradients for grad_output = 1 while it reads the operands: one
-pass over memory. What grad_output is, only the backward pass knows, and only on the device.
-
-First backward. The stored gradients go through ``rescale_``, which returns at once where
-grad_output is 1 and else computes them again into the same memory: a product with the stored,
-already rounded gradient would round a second time. Autograd owns them from here on.
-Second backward (``retain_graph``). The buffers may be somebody's ``.grad`` by now, and rescaling
-them by the ratio of two grad_outputs would alter what the first backward gave. So the gradients
-are computed anew.
-float16. 2·(v - w)/(n·B) underflows before a GradScaler's factor arrives, so float16 gradients are
-never stored for grad_output = 1: every backward computes them.
-torch.compile. Nothing is stored: a graph cannot skip the rescaling, which would cost what
-computing them in the backward pass does.
-``create_graph``. The reference formula is differentiated.
-"""
+"""The autograd of the losses; ``_losses`` says how it works."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from flowkernels.ops._autograd import FusedFunction, mask_of, reference_gradients, scatter
+from flowkernels.ops._losses import stores, taken
 from flowkernels.ops._samples import REDUCTIONS
 from flowkernels.ops.losses import _operators as operators
 from flowkernels.ops.losses import reference
 
 Tensor = torch.Tensor
-
-
-def stores(operands: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:
-    """Whether the forward pass computes the gradients that are asked for."""
-    if torch.compiler.is_compiling():
-        return False
-    for operand, need in zip(operands, needed, strict=True):
-        if need and operand is not None and operand.dtype == torch.float16:
-            return False
-    return True
-
-
-def taken(ctx: Any) -> list[Tensor]:
-    """The stored gradients, once: none where there are none, or where they have been handed out.
-
-    They are kept beside ``saved_tensors``, which lives as long as the loss: what has been handed
-    out is not held on to.
-    """
-    gradients: list[Tensor] = ctx.gradients
-    ctx.gradients = []
-    return gradients
 
 
 class FlowMatching(FusedFunction):

@@ -18,13 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flowkernels.ops._loss_kernels import store_partial
 from flowkernels.ops._sample_tiles import load_samples, load_tile, store_tile, tile_of
-
-
-@triton.jit
-def _store_partial(partial, rows, chunk, chunks, batch, values):
-    """One number for each sample of a tile, [ROWS, 1]."""
-    tl.store(partial + rows * chunks + chunk, values, mask=rows < batch)
 
 
 @triton.jit
@@ -74,7 +69,7 @@ def flow_matching_forward_kernel(
     r = _residual(v, x0, noise, inverse, v_stride, x0_stride, noise_stride, rows, columns, mask)
     factor = scale * load_samples(weight, weight_stride, rows, batch, 1.0)
     total = tl.sum(r * r, axis=1, keep_dims=True)
-    _store_partial(partial, rows, chunk, chunks, batch, factor * total)
+    store_partial(partial, rows, chunk, chunks, batch, factor * total)
     gradient = 2.0 * factor * r
     _store_residual(grad_v, grad_x0, grad_noise, inverse, elements, rows, columns, mask, gradient)
 
@@ -95,17 +90,6 @@ def flow_matching_backward_kernel(
     r = _residual(v, x0, noise, inverse, v_stride, x0_stride, noise_stride, rows, columns, mask)
     factor = 2.0 * (scale * load_samples(weight, weight_stride, rows, batch, 1.0)) * g
     _store_residual(grad_v, grad_x0, grad_noise, inverse, elements, rows, columns, mask, factor * r)
-
-
-@triton.jit(do_not_specialize=["count"])
-def sum_partials_kernel(partial, out, count, BLOCK: tl.constexpr):
-    """out[program] = sum of partial[program], [count], in a fixed order."""
-    program = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, count, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        total += tl.load(partial + program * count + index, mask=index < count, other=0.0)
-    tl.store(out + program, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -151,7 +135,7 @@ def fgm_size_kernel(
     w = load_tile(noise, noise_stride, rows, columns, mask)
     w -= load_tile(x0, x0_stride, rows, columns, mask)
     total = tl.sum(tl.abs(velocity - w), axis=1, keep_dims=True)
-    _store_partial(size, rows, chunk, chunks, batch, total)
+    store_partial(size, rows, chunk, chunks, batch, total)
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
@@ -180,7 +164,7 @@ def fgm_forward_kernel(
         # A comparison lets NaN through: a sample that has one must not look finite.
         factor *= time / (2.0 * tl.where(mean < 1e-5, 1e-5, mean))
     total = tl.sum(d * (2.0 * e + lam * d), axis=1, keep_dims=True)
-    _store_partial(partial, rows, chunk, chunks, batch, factor * (total * inverse_elements))
+    store_partial(partial, rows, chunk, chunks, batch, factor * (total * inverse_elements))
     tl.store(omega + rows, factor, mask=(rows < batch) & (chunk == 0))
     _store_fgm(
         grad_u, grad_v, grad_x0, grad_noise, grad_u_uncond,

@@ -14,26 +14,11 @@ from __future__ import annotations
 import torch
 
 from flowkernels.ops._library import define
-from flowkernels.ops._samples import REDUCTIONS
+from flowkernels.ops._losses import gradients_like, loss_like
 
 Tensor = torch.Tensor
 
 _KERNELS = "flowkernels.ops.losses.kernels:"
-NONE, SUM = REDUCTIONS.index("none"), REDUCTIONS.index("sum")
-
-
-def loss_like(x: Tensor, reduction: int) -> Tensor:
-    """An empty loss of samples like ``x``: [B], or 0-d."""
-    return x.new_empty(x.shape[:1] if reduction == NONE else (), dtype=torch.float32)
-
-
-def gradients_like(wanted: int, *operands: Tensor | None) -> list[Tensor]:
-    """Empty contiguous gradients for the operands whose bit is set."""
-    return [
-        operand.new_empty(operand.shape)
-        for bit, operand in enumerate(operands)
-        if operand is not None and wanted >> bit & 1
-    ]
 
 
 def _flow_matching_forward_fake(v, x0, noise, dt, weight, reduction, wanted):  # type: ignore[no-untyped-def]

@@ -1,77 +1,38 @@
-"""Triton launchers of the losses; their kernels are in _kernels.py.
-
-Every loss is two stages without atomics: tiles that leave a partial sum each (and write the
-gradients), then one program that adds the partial sums in a fixed order.
-"""
+"""Triton launchers of the losses; their kernels are in _kernels.py."""
 
 from __future__ import annotations
 
 import torch
 
-from flowkernels.ops._sample_tiles import WARPS, stride_of, tiles_of
+from flowkernels.ops._loss_kernels import (
+    empty_loss,
+    geometry,
+    loss_scale,
+    placed,
+    strides,
+    sum_partials,
+)
+from flowkernels.ops._losses import NONE, gradients_like
+from flowkernels.ops._sample_tiles import tiles_of
 from flowkernels.ops._triton import launch
 from flowkernels.ops.losses import _kernels as kernels
-from flowkernels.ops.losses._operators import NONE, SUM, gradients_like, loss_like
-
-
-def _loss_scale(tiles, reduction):
-    """The factor of a sample's sum in the loss; no program runs where it would divide by 0."""
-    if reduction == SUM:
-        return 1.0
-    mean = 1.0 / max(tiles.elements, 1)
-    return mean if reduction == NONE else mean / max(tiles.batch, 1)
-
-
-def _empty_loss(x, tiles, reduction):
-    """The loss to be written; of no elements at all it is the mean of nothing, or a sum of 0."""
-    loss = loss_like(x, reduction)
-    if tiles.programs == 0:
-        loss.fill_(0.0 if reduction == SUM else float("nan"))
-    return loss
-
-
-def _placed(gradients, wanted, operands):
-    """The gradients in the places of their operands, None for those whose bit is not set."""
-    remaining = iter(gradients)
-    return [
-        next(remaining) if operand is not None and wanted >> bit & 1 else None
-        for bit, operand in enumerate(operands)
-    ]
-
-
-def _geometry(tiles):
-    """(run-time arguments, options) of a launch over tiles."""
-    options = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "num_warps": WARPS}
-    return (tiles.batch, tiles.elements, tiles.chunks), options
-
-
-def _strides(*operands):
-    return tuple(stride_of(operand) for operand in operands)
 
 
 def flow_matching_forward(v, x0, noise, dt, weight, reduction, wanted):
     tiles = tiles_of(v)
-    shape, options = _geometry(tiles)
+    shape, options = geometry(tiles)
     gradients = gradients_like(wanted, v, x0, noise)
-    loss = _empty_loss(v, tiles, reduction)
+    loss = empty_loss(v, tiles, reduction)
     partial = v.new_empty((tiles.batch, tiles.chunks), dtype=torch.float32)
     launch(
         kernels.flow_matching_forward_kernel,
         (tiles.programs,),
-        *(v, x0, noise, *_placed(gradients, wanted, (v, x0, noise))),
+        *(v, x0, noise, *placed(gradients, wanted, (v, x0, noise))),
         *(dt, weight, partial),
-        *(_loss_scale(tiles, reduction), *shape, *_strides(v, x0, noise, dt, weight)),
+        *(loss_scale(tiles, reduction), *shape, *strides(v, x0, noise, dt, weight)),
         **options,
     )
-    if tiles.programs:
-        samples = tiles.batch if reduction == NONE else 1
-        launch(
-            kernels.sum_partials_kernel,
-            (samples,),
-            *(partial, loss, tiles.batch * tiles.chunks // samples),
-            BLOCK=1024,
-            num_warps=4,
-        )
+    sum_partials(partial, loss, tiles, reduction)
     return [loss, *gradients]
 
 
@@ -79,13 +40,13 @@ def _flow_matching_gradients(
     gradients, grad_output, v, x0, noise, dt, weight, reduction, wanted, rescale
 ):
     tiles = tiles_of(v)
-    shape, options = _geometry(tiles)
+    shape, options = geometry(tiles)
     launch(
         kernels.flow_matching_backward_kernel,
         (tiles.programs,),
-        *(grad_output, v, x0, noise, *_placed(gradients, wanted, (v, x0, noise)), dt, weight),
-        *(_loss_scale(tiles, reduction), *shape),
-        *_strides(grad_output, v, x0, noise, dt, weight),
+        *(grad_output, v, x0, noise, *placed(gradients, wanted, (v, x0, noise)), dt, weight),
+        *(loss_scale(tiles, reduction), *shape),
+        *strides(grad_output, v, x0, noise, dt, weight),
         RESCALE=rescale,
         **options,
     )
@@ -107,10 +68,10 @@ def flow_matching_backward(grad_output, v, x0, noise, dt, weight, reduction, wan
 
 def fgm_forward(u, v, x0, noise, u_uncond, t, weight, lam, guidance, sid, reduction, wanted):
     tiles = tiles_of(u)
-    shape, options = _geometry(tiles)
+    shape, options = geometry(tiles)
     operands = (u, v, x0, noise, u_uncond)
     gradients = gradients_like(wanted, *operands)
-    loss = _empty_loss(u, tiles, reduction)
+    loss = empty_loss(u, tiles, reduction)
     skipped = u.new_empty((), dtype=torch.int32)
     omega = u.new_empty((tiles.batch,), dtype=torch.float32)
     if tiles.programs == 0:
@@ -123,24 +84,24 @@ def fgm_forward(u, v, x0, noise, u_uncond, t, weight, lam, guidance, sid, reduct
             kernels.fgm_size_kernel,
             (tiles.programs,),
             *(u, x0, noise, u_uncond, size, guidance),
-            *(*shape, *_strides(u, x0, noise, u_uncond)),
+            *(*shape, *strides(u, x0, noise, u_uncond)),
             **options,
         )
-    inverse, scale = 1.0 / tiles.elements, _loss_scale(tiles, reduction)
-    placed = _placed(gradients, wanted, operands)
+    inverse, scale = 1.0 / tiles.elements, loss_scale(tiles, reduction)
+    outputs = placed(gradients, wanted, operands)
     launch(
         kernels.fgm_forward_kernel,
         (tiles.programs,),
-        *(*operands, *placed, t, weight, size, partial, omega),
-        *(lam, guidance, inverse, scale, *shape, *_strides(*operands, t, weight)),
+        *(*operands, *outputs, t, weight, size, partial, omega),
+        *(lam, guidance, inverse, scale, *shape, *strides(*operands, t, weight)),
         SID=sid,
         **options,
     )
     launch(
         kernels.fgm_sum_partials_kernel,
         (1 + tiles.batch,),
-        *(partial, loss, skipped, omega, t, *placed),
-        *(scale * tiles.elements, *shape, *_strides(t)),
+        *(partial, loss, skipped, omega, t, *outputs),
+        *(scale * tiles.elements, *shape, *strides(t)),
         NONE=reduction == NONE,
         SAMPLES=32,
         BLOCK=32,
@@ -154,13 +115,13 @@ def _fgm_gradients(
     gradients, grad_output, operands, omega, lam, guidance, reduction, wanted, rescale
 ):
     tiles = tiles_of(operands[0])
-    shape, options = _geometry(tiles)
+    shape, options = geometry(tiles)
     launch(
         kernels.fgm_backward_kernel,
         (tiles.programs,),
-        *(grad_output, *operands, *_placed(gradients, wanted, operands), omega),
-        *(lam, guidance, _loss_scale(tiles, reduction), *shape),
-        *_strides(grad_output, *operands),
+        *(grad_output, *operands, *placed(gradients, wanted, operands), omega),
+        *(lam, guidance, loss_scale(tiles, reduction), *shape),
+        *strides(grad_output, *operands),
         RESCALE=rescale,
         **options,
     )

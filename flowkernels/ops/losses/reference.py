@@ -13,40 +13,16 @@ Arithmetic and result are at least float32, and float64 where an operand is.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
+from flowkernels.ops._losses import compute_dtype, flat, reduce
 from flowkernels.ops._samples import per_sample
 
 Tensor = torch.Tensor
 
 SID_FLOOR = 1e-5
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that the operands and float32 promote to: that of arithmetic and result."""
-    result = torch.float32
-    for tensor in tensors:
-        if tensor is not None:
-            result = torch.promote_types(result, tensor.dtype)
-    return result
-
-
-def flat(x: Tensor) -> Tensor:
-    """A tensor [B, ...] as [B, elements]; `flatten` knows the elements of an empty batch."""
-    return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
-
-
-def reduce(sums: Tensor, weight: Tensor | None, like: Tensor, reduction: str) -> Tensor:
-    """Sums over the elements of each sample, [B], to the loss of samples shaped as ``like``."""
-    if weight is not None:
-        sums = sums * weight.to(sums.dtype)
-    if reduction == "sum":
-        return sums.sum()
-    losses = sums / math.prod(like.shape[1:])
-    return losses if reduction == "none" else losses.sum() / like.shape[0]
 
 
 def flow_matching(

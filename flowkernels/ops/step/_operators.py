@@ -86,3 +86,35 @@ rk_error = define(
     _error_fake,
     native_cuda=True,
 )
+
+
+def _control_fake(  # type: ignore[no-untyped-def]
+    ks, weights, dt, plan, y0, y1, rtol, atol, nodes, limits, tickets
+):
+    times = plan.new_empty((len(nodes), *plan.shape[1:]), dtype=norm_dtype(y0.dtype))
+    accepted = plan.new_empty(plan.shape[1:], dtype=torch.bool)
+    return torch.empty_like(plan), torch.empty_like(plan), accepted, times
+
+
+def _begin_fake(y0, y1, first, last, accepted, dt, weight):  # type: ignore[no-untyped-def]
+    return tuple(y0.new_empty(y0.shape) for _ in range(3))
+
+
+# What is decided after a step and planned for the next, on the device: reference.rk_control, where
+# plans and Limits (here a list of numbers) are explained. dt is the plan's row STEP; tickets, one
+# int32 for each column of the plan, are 0 before and after.
+rk_control = define(
+    "rk_control",
+    "(Tensor[] ks, float[] weights, Tensor dt, Tensor plan, Tensor y0, Tensor y1, float rtol,"
+    " float atol, float[] nodes, float[] limits, Tensor(a!) tickets)"
+    " -> (Tensor record, Tensor plan, Tensor accepted, Tensor times)",
+    _control_fake,
+    native_cuda=True,
+)
+rk_begin = define(
+    "rk_begin",
+    "(Tensor y0, Tensor y1, Tensor first, Tensor last, Tensor accepted, Tensor dt, float weight)"
+    " -> (Tensor y, Tensor slope, Tensor at)",
+    _begin_fake,
+    native_cuda=True,
+)

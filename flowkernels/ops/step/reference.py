@@ -4,6 +4,8 @@
     rk_combine   y + dt·Σ_i weights_i·ks_i
     rk_error     error = dt·Σ_i weights_i·ks_i
                  norm  = √mean((|error| / (atol + rtol·max(|y0|, |y1|)))²)
+    rk_control   rk_error's norm, what is decided from it, and the plan of the next step
+    rk_begin     the state and the slope to go on from, and the next step's first stage sum
 
 A stage whose weight is the number 0 is not read. Arithmetic is float32, or that of the operands
 where they are float64 or complex; results are rounded once.
@@ -11,8 +13,9 @@ where they are float64 or complex; results are rounded once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -106,3 +109,96 @@ def weighted_sum(stages: Sequence[Tensor], weights: Weights, compute: torch.dtyp
             term = weight * k.to(compute)
             total = term if total is None else total + term
     return torch.zeros_like(stages[0], dtype=compute) if total is None else total
+
+
+# Adaptive steps that the device controls ---------------------------------------------------------
+
+# Rows of a plan [6] or [6, B], in float64: ascending time, the caller's signed dt (0 where a sample
+# stands still), the size that it would have had, flags. A step's record is its plan with the
+# ratio of its error to the tolerance, and ACCEPTED.
+START, END, STEP, SIZE, RATIO, FLAGS = range(6)
+ACCEPTED, MOVING, STUCK = 1, 2, 4  # STUCK: t + dt is t
+
+
+class Limits(NamedTuple):
+    """What bounds the steps of a solve: its method's order, its options, its end and direction."""
+
+    order: float
+    safety: float
+    ifactor: float
+    dfactor: float
+    min_step: float
+    max_step: float
+    end: float
+    sign: float
+
+
+def next_sizes(dt: Tensor, ratio: Tensor, limits: Limits) -> Tensor:
+    """``dt·clip(safety·ratio^(-1/order), least, ifactor)``, least = 1 after a ratio below 1."""
+    ratio = ratio.to(dt.dtype)
+    least = torch.where(ratio < 1.0, torch.ones_like(ratio), limits.dfactor)  # in its dtype
+    factor = torch.maximum(limits.safety / ratio ** (1.0 / limits.order), least)
+    factor = torch.where(ratio == 0.0, limits.ifactor, factor.clamp(max=limits.ifactor))
+    return (dt * factor).clamp(limits.min_step, limits.max_step)
+
+
+def plan_step(
+    t: Tensor, size: Tensor, nodes: Sequence[float], limits: Limits, time_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(plan, the caller's times of the stages after the first, one row a stage).
+
+    The stages at a step's end look just before it: the slope may jump there.
+    """
+    size = torch.where(torch.isfinite(size), size, limits.min_step)
+    size = size.clamp(limits.min_step, limits.max_step)
+    moving = t < limits.end
+    stuck = moving & ~(t + size > t)
+    dt = torch.where(moving, size, 0.0)
+    end = t + dt
+    flags = float(MOVING) * moving + float(STUCK) * stuck
+    plan = torch.stack([t, end, limits.sign * dt, size, torch.zeros_like(t), flags])
+    last = end.to(time_dtype)
+    before = torch.nextafter(last, last.new_tensor(-math.inf))
+    times = [before if c == 1.0 else (t + c * dt).to(time_dtype) for c in nodes]
+    return plan, limits.sign * torch.stack(times)
+
+
+def rk_control(
+    ks: Sequence[Tensor],
+    weights: Sequence[float],
+    plan: Tensor,
+    y0: Tensor,
+    y1: Tensor,
+    rtol: float,
+    atol: float,
+    nodes: Sequence[float],
+    limits: Limits,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(record of the step, plan of the next, accepted, its stages' times)."""
+    t, end, step, size, _, flags = plan.unbind(0)
+    dt = limits.sign * step
+    _, norm = rk_error(ks, weights, dt, y0, y1, rtol, atol)
+    ratio = norm.to(plan.dtype)
+    moved = flags % 4 >= MOVING
+    accepted = moved & ((ratio <= 1.0) | (dt <= limits.min_step))
+    record = torch.stack([t, end, step, size, ratio, flags + float(ACCEPTED) * accepted])
+    t = torch.where(accepted, end, t)
+    size = torch.where(moved, next_sizes(dt, ratio, limits), size)
+    time_dtype = norm_dtype(y0.dtype)
+    following, times = plan_step(t, size, nodes, limits, time_dtype)
+    return record, following, accepted, times
+
+
+def rk_begin(
+    y0: Tensor,
+    y1: Tensor,
+    first: Tensor,
+    last: Tensor,
+    accepted: Tensor,
+    dt: Tensor,
+    weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, slope) = (y1, last) where accepted, else (y0, first); and y + dt·weight·slope."""
+    took = per_sample(accepted, y0) if accepted.dim() else accepted
+    y, slope = torch.where(took, y1, y0), torch.where(took, last, first)
+    return y, slope, rk_combine(y, [slope], [weight], dt)
