@@ -1,8 +1,9 @@
 """Hands the native build to CMake. A build that cannot be done leaves a reason, not an error.
 
 Environment: FLOWKERNELS_NATIVE=0|1|auto, FLOWKERNELS_CUDA=0|1|auto (1: a failed build is an
-error), TORCH_CUDA_ARCH_LIST, MAX_JOBS. What was built, and why something was not, is written to
-flowkernels/_lib/build.json, which `python -m flowkernels.info` prints.
+error), FLOWKERNELS_CPU=portable|host, TORCH_CUDA_ARCH_LIST, MAX_JOBS. What was built, and why
+something was not, is written to flowkernels/_lib/build.json, which `python -m flowkernels.info`
+prints.
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ def choice(name: str) -> str:
     value = os.environ.get(name, "auto").lower()
     if value not in ("0", "1", "auto"):
         raise SystemExit(f"{name}={value!r}: need 0, 1 or auto")
+    return value
+
+
+def cpu_target() -> str:
+    """portable: kernels for every CPU in one library; host: for this machine's, built faster."""
+    value = os.environ.get("FLOWKERNELS_CPU", "portable").lower()
+    if value not in ("portable", "host"):
+        raise SystemExit(f"FLOWKERNELS_CPU={value!r}: need portable or host")
     return value
 
 
@@ -133,6 +142,7 @@ class NativeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTORCH_DIR={find_torch()}",
             f"-DFLOWKERNELS_OUTPUT_DIR={package}",
+            f"-DFLOWKERNELS_CPU={cpu_target()}",
             *options,
         )  # fmt: skip
         return build_dir

@@ -21,7 +21,7 @@ def test_a_stage_that_fails_is_an_outcome(run: Run, capsys: pytest.CaptureFixtur
     def broken(run: Run, seconds: float) -> str:
         raise StageFailed("no such kernel")
 
-    outcome = gpu.attempt(gpu.Stage("broken", broken, 1, 1), run)
+    outcome = gpu.attempt(gpu.Stage("broken", broken, 1), run)
     assert (outcome.passed, outcome.text) == (False, "no such kernel")
     assert "broken failed: no such kernel" in capsys.readouterr().out
 
@@ -30,7 +30,7 @@ def test_any_other_error_is_one_too(run: Run):
     def broken(run: Run, seconds: float) -> str:
         raise KeyError("rows")
 
-    outcome = gpu.attempt(gpu.Stage("broken", broken, 1, 1), run)
+    outcome = gpu.attempt(gpu.Stage("broken", broken, 1), run)
     assert not outcome.passed
     assert outcome.text.startswith("KeyError")
 
