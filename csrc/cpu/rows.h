@@ -11,8 +11,9 @@
 #include <memory>
 #include <type_traits>
 
-// Compiled once per instruction set; the loader picks the best that the machine has. A build for one
-// machine (FLOWKERNELS_CPU=host) has one set, named to the compiler, and takes a third of the time.
+// Compiled once per instruction set; the loader picks the best that the machine has. A build for
+// one machine (FLOWKERNELS_CPU=host) has one set, named to the compiler, and takes a third of the
+// time.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(FK_ONE_CPU)
 #define FK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
