@@ -32,8 +32,8 @@ from flowkernels.train.scheduling import (
     SCHEDULES,
     ScheduleConfig,
     find_schedules,
-    load_teacher,
 )
+from flowkernels.train.starting import check_images, load_flow
 from flowkernels.train.trainer import Trainer
 
 
@@ -163,9 +163,9 @@ class BOSSRecipe(TrainConfig):
         """What `run` runs, one after the other; schedules and trajectories exist by then."""
         self.validate()
         device = resolve_device(self.device)
-        teacher = load_teacher(self.teacher, device)
+        teacher = load_flow(self.teacher, device=device)
         images = load_dataset(self.data)
-        self._check_data(teacher, images)
+        check_images(teacher, self.teacher, images, self.data.labels, self.method.guidance)
         schedules = self._schedules(teacher, console)
         plan = self._plan(schedules)
         dataset: ImageDataset = images
@@ -180,19 +180,6 @@ class BOSSRecipe(TrainConfig):
             seed_everything(self.seed)
             chosen = {steps: schedules[steps] for steps in group}
             yield Trainer(self._method(teacher, chosen, plan), settings, dataset)
-
-    def _check_data(self, teacher: TrainedModel, images: ImageDataset) -> None:
-        classes = len(images.classes) if self.data.labels else 0
-        if (teacher.shape, teacher.num_classes) != (images.shape, classes):
-            raise UsageError(
-                f"data: images {images.shape} of {classes} classes, but the teacher in "
-                f"{self.teacher} makes {teacher.shape} of {teacher.num_classes}"
-            )
-        if self.method.guidance != 1 and not classes:
-            raise UsageError(
-                f"method.guidance: got {self.method.guidance}, needs 1.0 for a teacher without "
-                "classes"
-            )
 
     def _method(
         self, teacher: TrainedModel, schedules: dict[int, Schedule], plan: TrajectoryPlan

@@ -10,8 +10,8 @@ from flowkernels.nn import MMDiT, MMDiTConfig
 from flowkernels.train.config import OptimConfig, TrainConfig
 from flowkernels.train.data import ImageDataset, load_dataset
 from flowkernels.train.errors import UsageError
-from flowkernels.train.export import TrainedModel, load_model
 from flowkernels.train.random_state import seed_everything
+from flowkernels.train.starting import check_images, load_flow
 from flowkernels.train.trainer import Trainer
 
 
@@ -157,8 +157,9 @@ class TeacherRecipe(TrainConfig):
     def _network(self, dataset: ImageDataset) -> MMDiT:
         if self.start is None:
             return MMDiT(self._model_config(dataset))
-        network = _load_flow(self.start, "start", dataset, self.data.labels).network
-        return network.requires_grad_(True).train()
+        model = load_flow(self.start, "start")
+        check_images(model, self.start, dataset, self.data.labels)
+        return model.network.requires_grad_(True).train()
 
     def _method(self, network: MMDiT) -> FlowMatching:
         options = asdict(self.method)
@@ -223,31 +224,11 @@ class FGMRecipe(TrainConfig):
         """
         self.validate()
         dataset = load_dataset(self.data)
-        teacher = _load_flow(self.teacher, "teacher", dataset, self.data.labels)
+        teacher = load_flow(self.teacher)
+        check_images(teacher, self.teacher, dataset, self.data.labels, self.method.guidance)
         seed_everything(self.seed)
         try:
             method = FGM(teacher.network, **asdict(self.method))
         except ValueError as error:
             raise UsageError(str(error)) from error
         return Trainer(method, self, dataset)
-
-
-def _load_flow(folder: str, option: str, dataset: ImageDataset, labels: bool) -> TrainedModel:
-    """The finished flow in a folder, of the images in the dataset.
-
-    Raises:
-        UsageError: it is missing, no flow, or of other images; `option` named the folder.
-    """
-    model = load_model(folder)
-    if not model.is_flow:
-        raise UsageError(f"{option}: {folder} holds a student of few steps, not a flow")
-    classes = len(dataset.classes) if labels else 0
-    if (model.shape, model.num_classes) != (dataset.shape, classes):
-        raise UsageError(
-            f"data: images {dataset.shape} of {classes} classes, but the {_ROLES[option]} in "
-            f"{folder} makes {model.shape} of {model.num_classes}"
-        )
-    return model
-
-
-_ROLES = {"start": "model", "teacher": "teacher"}

@@ -11,11 +11,11 @@ from torch import nn
 from flowkernels.distill import SCFlow
 from flowkernels.nn import FeatureDiscriminator, LatentDiscriminator, LatentDiscriminatorConfig
 from flowkernels.train.config import OptimConfig, TrainConfig
-from flowkernels.train.data import ImageDataset, load_dataset
+from flowkernels.train.data import load_dataset
 from flowkernels.train.errors import UsageError
 from flowkernels.train.export import TrainedModel
 from flowkernels.train.random_state import seed_everything
-from flowkernels.train.scheduling import load_teacher
+from flowkernels.train.starting import check_images, load_flow
 from flowkernels.train.trainer import Trainer
 
 
@@ -162,9 +162,9 @@ class SCFlowRecipe(TrainConfig):
             UsageError: settings that do not fit together, a missing teacher, or missing data.
         """
         self.validate()
-        teacher = load_teacher(self.teacher)
+        teacher = load_flow(self.teacher)
         dataset = load_dataset(self.data)
-        self._check_data(teacher, dataset)
+        check_images(teacher, self.teacher, dataset, self.data.labels, self.method.guidance)
         seed_everything(self.seed)
         discriminator = self.discriminator.build(teacher) if self.method.gan else None
         try:
@@ -172,16 +172,3 @@ class SCFlowRecipe(TrainConfig):
         except ValueError as error:
             raise UsageError(str(error)) from error
         return Trainer(method, self, dataset)
-
-    def _check_data(self, teacher: TrainedModel, dataset: ImageDataset) -> None:
-        classes = len(dataset.classes) if self.data.labels else 0
-        if (teacher.shape, teacher.num_classes) != (dataset.shape, classes):
-            raise UsageError(
-                f"data: images {dataset.shape} of {classes} classes, but the teacher in "
-                f"{self.teacher} makes {teacher.shape} of {teacher.num_classes}"
-            )
-        if self.method.guidance != 1 and not classes:
-            raise UsageError(
-                f"method.guidance: got {self.method.guidance}, needs 1.0 for a teacher without "
-                "classes"
-            )

@@ -14,8 +14,9 @@ from torch import Tensor
 from flowkernels.ode import bellman_schedule
 from flowkernels.train.checkpoint import fingerprint
 from flowkernels.train.errors import UsageError
-from flowkernels.train.export import WEIGHTS, TrainedModel, load_model
+from flowkernels.train.export import WEIGHTS, TrainedModel
 from flowkernels.train.process import resolve_device
+from flowkernels.train.starting import load_flow
 
 if TYPE_CHECKING:
     from flowkernels.ode.bellman import BellmanSchedules
@@ -83,7 +84,7 @@ def schedule(config: ScheduleConfig, console: Console | None = None) -> BellmanS
     config.validate()
     console = console or Console()
     device = resolve_device(config.device)
-    teacher = load_teacher(config.teacher, device)
+    teacher = load_flow(config.teacher, device=device)
     with console.status("rolling the teacher"):
         found = find_schedules(config, teacher, device)
     folder = Path(config.output)
@@ -130,15 +131,3 @@ def find_schedules(
         raise UsageError(str(error)) from error
     settings = {**found.settings, "teacher": fingerprint(Path(config.teacher) / WEIGHTS)}
     return dataclasses.replace(found, settings=settings)
-
-
-def load_teacher(folder: str, device: torch.device | str = "cpu") -> TrainedModel:
-    """A finished run that holds a flow.
-
-    Raises:
-        UsageError: it is missing, damaged, or a student.
-    """
-    teacher = load_model(folder, device)
-    if not teacher.is_flow:
-        raise UsageError(f"teacher: {folder} holds a student of few steps, not a flow")
-    return teacher

@@ -174,7 +174,7 @@ def test_folder_and_cifar_recipes_train(tmp_path: Path) -> None:
 
 
 def test_teacher_and_data_must_fit(tmp_path: Path, teacher: Path) -> None:
-    with pytest.raises(UsageError, match=r"data: images \(1, 8, 8\) of 0 classes, but the teacher"):
+    with pytest.raises(UsageError, match=r"data: images \(1, 8, 8\) of 0 classes, but the model"):
         fgm_recipe(tmp_path, teacher, data=DataConfig(labels=False)).build()
     with pytest.raises(UsageError, match="grid_steps: got 4, needs 1"):
         fgm_recipe(tmp_path, teacher, grid_steps=4).build()

@@ -268,7 +268,7 @@ def test_settings_that_do_not_fit(tmp_path: Path, teacher: Path) -> None:
         with pytest.raises(UsageError, match=message):
             recipe(tmp_path, teacher, **changes).build()
 
-    refused("data: images .* of 0 classes, but the teacher", data=DataConfig(labels=False))
+    refused("data: images .* of 0 classes, but the model", data=DataConfig(labels=False))
     refused(r"delta is 2\.0; it must lie in", method=SCFlowOptions(delta=2.0))
     refused("discriminator: depth is 0", discriminator=DiscriminatorOptions(depth=0))
     feature = DiscriminatorOptions(kind="feature", layers=(9,))
