@@ -162,8 +162,9 @@ class ConsistencyFM(FlowMatching):
 
         A time on a boundary is the beginning of the segment below it, as in sampling.
         """
-        index = torch.ceil(t * self.segments).sub(1).clamp(0, self.segments - 1)
-        return torch.minimum(index / self.segments, t)
+        # Looked up: t·K rounds to either side of a whole number.
+        ends = torch.arange(self.segments, device=t.device, dtype=t.dtype) / self.segments
+        return ends[torch.bucketize(t, ends).sub(1).clamp(min=0)]
 
     def _target_velocity(self, x_r: Tensor, r: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         network = self.model if self.target is None else self.target

@@ -140,7 +140,7 @@ class FlowMatching(Method):
             )
 
     def _loss(self, velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-        if self.contrastive == 0 or len(x0) == 1:
+        if self.contrastive == 0 or len(x0) < 2:
             return flow_matching(velocity, x0, noise, reduction=self.reduction)
         return contrastive_flow_matching(
             velocity,

@@ -225,6 +225,13 @@ class SCFlow(Method):
         with evaluating(network):
             return sample(network, noise, uniform(steps), conditions=conditions)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a step keeps for its second phase: weak keys cannot be pickled."""
+        return {**self.__dict__, "_made": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_made": WeakTensorKeyDictionary()})
+
     def get_extra_state(self) -> dict[str, Any]:
         """The count of steps, for a bitwise resume."""
         return {"step": self.step}
@@ -375,7 +382,7 @@ def _check_options(
     _require(is_number(guidance), "guidance", guidance, "be a finite number")
     _require(is_number(delta) and 0 < delta <= 1, "delta", delta, "lie in (0, 1]")
     _require(is_number(trunc) and 0 <= trunc <= 1, "trunc", trunc, "lie in [0, 1]")
-    _require(is_number(huber) and huber > 0, "huber", huber, "be a positive number")
+    _require(is_number(huber) and 1e-18 <= huber <= 1e18, "huber", huber, "lie in [1e-18, 1e18]")
     _require(is_number(decay) and 0 <= decay < 1, "target_decay", decay, "lie in [0, 1)")
     _require(grid is None or _is_count(grid, 1), "t_grid", grid, "be None or an int of at least 1")
     known = discriminator_input in INPUTS

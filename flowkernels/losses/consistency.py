@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flowkernels.ops._samples import check_batch_vector, check_like, check_samples
-from flowkernels.ops._validate import as_number
+from flowkernels.ops._validate import as_finite
 from flowkernels.ops.interpolate import interpolate
 from flowkernels.ops.losses import flow_matching
 
@@ -72,7 +72,7 @@ def consistency_flow_matching(
         check_like(value, name, v)
     for name, value in (("t", t), ("r", r), ("end", end)):
         check_batch_vector(value, name, v)
-    alpha = as_number(alpha, "alpha")
+    alpha = as_finite(alpha, "alpha")
     if alpha < 0:
         raise ValueError(f"alpha: got {alpha}, need a number of at least 0")
     v_target, x0, noise = v_target.detach(), x0.detach(), noise.detach()
@@ -92,7 +92,9 @@ def _completed_square(
     t: Tensor, r: Tensor, end: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W, β and the constant's weight, each [B]."""
-    t, r, end = t.detach(), r.detach(), end.detach()
+    # In float32 at least: near a segment's end the differences are all that is left of the times.
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    t, r, end = (time.detach().to(dtype) for time in (t, r, end))
     span, back, inside = t - end, t - r, r > end
     velocity = alpha * inside.to(span.dtype)
     weight = span.square() + velocity

@@ -118,7 +118,10 @@ class TokenHead(nn.Module):
         init_weight(self.logit)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        h = F.silu(self.project(modulated_norm(tokens)))
+        h = modulated_norm(tokens)
+        if not torch.is_autocast_enabled(h.device.type):
+            h = h.to(self.project.weight.dtype)  # a teacher of 16 bits, heads of 32
+        h = F.silu(self.project(h))
         h = h.transpose(1, 2).unflatten(2, grid)
         h = (h + F.silu(self.mix(h))) * math.sqrt(0.5)
         # In the weights' dtype: bfloat16 logits would have three digits.

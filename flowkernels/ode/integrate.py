@@ -57,8 +57,8 @@ def odeint(
         and the state there).
 
     Raises:
-        ValueError: the method is unknown, options exclude each other, or func's result has another
-            shape than y.
+        ValueError: the method is unknown, options exclude each other, or func's result has a
+            shape that does not broadcast to y's.
         TypeError: t or y0 is not floating-point.
         AssertionError: t is not strictly monotonic, a step underflows, the state is not finite, or
             ``max_num_steps`` is reached; the messages are torchdiffeq's.

@@ -52,6 +52,14 @@ def as_number(value: Any, name: str) -> float:
     return float(value)
 
 
+def as_finite(value: Any, name: str) -> float:
+    """:func:`as_number`, and neither infinite nor NaN."""
+    number = as_number(value, name)
+    if not -float("inf") < number < float("inf"):
+        raise ValueError(f"{name}: got {number}, need a finite number")
+    return number
+
+
 def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, need one of {', '.join(choices)}")

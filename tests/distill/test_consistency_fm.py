@@ -102,6 +102,8 @@ def test_bad_operands_of_the_loss_are_named():
     operands = draws(4, 2, 0.1)
     with pytest.raises(ValueError, match=r"alpha: got -1\.0"):
         consistency_flow_matching(*operands, alpha=-1)
+    with pytest.raises(ValueError, match="alpha: got nan"):
+        consistency_flow_matching(*operands, alpha=float("nan"))
     with pytest.raises(ValueError, match="v_target: got shape"):
         consistency_flow_matching(operands[0], operands[1][:2], *operands[2:])
     with pytest.raises(ValueError, match="end: "):
@@ -170,6 +172,21 @@ def test_dropped_conditions_are_the_same_for_both_networks():
     seen = model.calls[0]["labels"]
     assert {*seen.tolist()} == {1, -1}
     assert torch.equal(seen, method.target.calls[0]["labels"])
+
+
+def test_times_of_16_bits_are_widened_first():
+    """Differences of times would otherwise be rounded to their three digits."""
+    operands = [x.float() for x in draws(6, 3, 0.1)]
+    narrow = [*operands[:4], *(time.bfloat16() for time in operands[4:])]
+    wide = [*operands[:4], *(time.float() for time in narrow[4:])]
+    assert torch.equal(consistency_flow_matching(*narrow), consistency_flow_matching(*wide))
+
+
+@pytest.mark.parametrize("segments", range(1, 65))
+def test_a_boundary_begins_the_segment_below_it(segments):
+    method = ConsistencyFM(Linear(), segments=segments)
+    boundaries = torch.arange(segments + 1) / segments
+    assert torch.equal(method.segment_end(boundaries[1:]), boundaries[:-1])
 
 
 @pytest.mark.parametrize("segments", [1, 2, 3, 7])

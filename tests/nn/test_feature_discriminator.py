@@ -218,6 +218,16 @@ def test_default_layers_are_the_quarters_but_the_last():
     assert FeatureDiscriminator(MMDiT(config)).layers == (5, 11, 17)
 
 
+def test_a_teacher_of_16_bits_under_heads_of_32():
+    teacher = build(CLASS_CONFIG).bfloat16()
+    model = FeatureDiscriminator(teacher, width=8)
+    x, t, conditions = inputs(CLASS_CONFIG)
+    x.requires_grad_()
+    logits = model(x, t, **conditions)
+    assert logits.dtype == torch.float32
+    assert torch.autograd.grad(logits.sum(), x)[0].isfinite().all()
+
+
 def test_bfloat16_autocast():
     model = discriminator(CLASS_CONFIG)
     x, t, conditions = inputs(CLASS_CONFIG)

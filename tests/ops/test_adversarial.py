@@ -230,6 +230,13 @@ def test_r1_takes_logits_of_any_shape(real):
     torch.testing.assert_close(r1_penalty(total, real, 1.0), expected)
 
 
+def test_r1_wants_as_many_logits_for_each_sample(real):
+    with pytest.raises(ValueError, match="logits: got 3 for 5 samples"):
+        r1_penalty(real.flatten(1).sum(1)[:3], real, 1.0)
+    with pytest.raises(ValueError, match="gamma: got inf"):
+        r1_penalty(real.flatten(1).sum(1), real, float("inf"))
+
+
 def test_r1_reads_each_samples_own_gradient_unless_the_discriminator_mixes(real):
     """What the docstring says of minibatch statistics: rows hold a sample's effect on all."""
     alone = r1_penalty(real.flatten(1).sum(1), real, 2.0)

@@ -7,7 +7,7 @@ import torch
 from flowkernels.ops import _library
 from flowkernels.ops._autograd import apply
 from flowkernels.ops._samples import check_samples, kernels_read_samples, tracked
-from flowkernels.ops._validate import as_number, check_tensor
+from flowkernels.ops._validate import as_finite, check_tensor
 from flowkernels.ops.adversarial import _operators as operators
 from flowkernels.ops.adversarial import reference
 from flowkernels.ops.adversarial._autograd import GAN, GradientPenalty
@@ -103,7 +103,8 @@ def r1_penalty(logits: Tensor, real: Tensor, gamma: float) -> Tensor:
     minibatch-std) puts into row b what sample b does to the logits of all.
 
     Args:
-        logits: The discriminator's logits of ``real``, of any shape: their sum is differentiated.
+        logits: The discriminator's logits of ``real``, as many for each sample, of any shape (or
+            0-d, their sum): their sum is differentiated.
         real: [B, ...], what the discriminator was given: it must have required grad by then, and
             the logits must depend on it.
         gamma: γ, at least 0.
@@ -114,7 +115,7 @@ def r1_penalty(logits: Tensor, real: Tensor, gamma: float) -> Tensor:
     Raises:
         TypeError: ``logits`` or ``real`` is no floating-point tensor, or ``gamma`` no number.
         ValueError: ``real`` does not require grad, the logits do not depend on it, or ``gamma`` is
-            negative; names the argument.
+            negative or not finite; names the argument.
         RuntimeError: It is called where no graph is recorded (``torch.no_grad``).
 
     Example:
@@ -130,8 +131,12 @@ def r1_penalty(logits: Tensor, real: Tensor, gamma: float) -> Tensor:
     """
     check_samples(real, "real")
     check_tensor(logits, "logits", real)
-    gamma = as_number(gamma, "gamma")
-    if not gamma >= 0:
+    if logits.dim() and len(real) and logits.numel() % len(real):
+        raise ValueError(
+            f"logits: got {logits.numel()} for {len(real)} samples, need as many for each"
+        )
+    gamma = as_finite(gamma, "gamma")
+    if gamma < 0:
         raise ValueError(f"gamma: got {gamma}, need a number of at least 0")
     if not torch.is_grad_enabled():
         raise RuntimeError("r1_penalty: no graph is recorded here, need torch.enable_grad()")
@@ -175,7 +180,7 @@ def gradient_penalty(gradient: Tensor, gamma: float) -> Tensor:
         tensor(25.)
     """
     check_samples(gradient, "gradient")
-    gamma = as_number(gamma, "gamma")
+    gamma = as_finite(gamma, "gamma")
     backend = _library.choose("r1_penalty", gradient.device, kernels_read_samples(gradient))
     if backend == "reference":
         return reference.gradient_penalty(gradient, gamma)

@@ -17,7 +17,7 @@ from flowkernels.ops._samples import (
     kernels_read_samples,
     tracked,
 )
-from flowkernels.ops._validate import as_number, check_choice
+from flowkernels.ops._validate import as_finite, check_choice
 from flowkernels.ops.contrastive import _operators as operators
 from flowkernels.ops.contrastive import reference
 from flowkernels.ops.contrastive._autograd import ContrastiveFlowMatching
@@ -81,7 +81,7 @@ def contrastive_flow_matching(
     check_like(x0, "x0", v)
     check_like(noise, "noise", v)
     negatives = _checked_negatives(negatives, v)
-    lam = as_number(lam, "lam")
+    lam = as_finite(lam, "lam")
     check_choice(reduction, "reduction", REDUCTIONS)
     if weight is not None:
         check_batch_vector(weight, "weight", v)

@@ -16,7 +16,7 @@ from flowkernels.ops._samples import (
     kernels_read_samples,
     tracked,
 )
-from flowkernels.ops._validate import as_number, check_choice
+from flowkernels.ops._validate import as_finite, as_number, check_choice
 from flowkernels.ops.correction import _operators as operators
 from flowkernels.ops.correction import reference
 from flowkernels.ops.correction._autograd import PairLoss, SelfCorrected
@@ -107,7 +107,7 @@ def self_corrected(
     check_batch_vector(t_prev, "t_prev", v)
     check_like(x0, "x0", v)
     check_like(noise, "noise", v)
-    trunc, lam_bi = _finite(trunc, "trunc"), _finite(lam_bi, "lam_bi")
+    trunc, lam_bi = as_finite(trunc, "trunc"), as_finite(lam_bi, "lam_bi")
     c = _width(c)
     check_choice(reduction, "reduction", REDUCTIONS)
     served = kernels_read_samples(v, v_teacher, v_post, v_prev, x0, noise)
@@ -214,13 +214,6 @@ def pseudo_huber(x: Tensor, y: Tensor, *, c: float = 0.01, reduction: str = "mea
     if tracked(x, y):
         return apply(PairLoss, backend, x, y, None, c, code)
     return operators.pair_loss_forward(backend, x, y, None, c, code, 0)[0]
-
-
-def _finite(value: Any, name: str) -> float:
-    number = as_number(value, name)
-    if not -float("inf") < number < float("inf"):
-        raise ValueError(f"{name}: got {number}, need a finite number")
-    return number
 
 
 def _width(c: Any) -> float:
