@@ -50,7 +50,7 @@ def velocity_pair(
 
 
 def _joined(conditions: Mapping[str, Tensor], uncond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if set(conditions) != set(uncond):
+    if conditions.keys() != uncond.keys():
         raise ValueError(
             f"uncond has the keywords {sorted(uncond)}; it needs those of conditions, "
             f"{sorted(conditions)}"
@@ -70,42 +70,50 @@ def guided(pair: Pair, guidance: float) -> Tensor:
     return v_cond if v_uncond is None else torch.lerp(v_uncond, v_cond, guidance)
 
 
-class _Calls:
-    """`velocity_pair` with the conditions of a whole run: joined once, not at every call."""
+class _Field:
+    """The (guided) velocity of one sampling run, at one time for all rows.
+
+    Conditions are joined once, not at every call as in `velocity_pair`. `kept` says that someone
+    beside the loop holds its states.
+    """
 
     def __init__(
         self,
         velocity: Velocity,
+        noise: Tensor,
         conditions: dict[str, Tensor],
         uncond: Mapping[str, Tensor] | None,
+        guidance: float,
+        times: list[float],
+        kept: bool,
     ) -> None:
         self.velocity = velocity
-        self.guided = uncond is not None
-        self.conditions = conditions if uncond is None else _joined(conditions, uncond)
-
-    def rows(self, x: Tensor) -> int:
-        """The batch of a call: t has as many."""
-        return 2 * len(x) if self.guided else len(x)
-
-    def __call__(self, x: Tensor, t: Tensor) -> Pair:
-        if not self.guided:
-            return self.velocity(x, t, **self.conditions), None
-        v_cond, v_uncond = self.velocity(torch.cat([x, x]), t, **self.conditions).chunk(2)
-        return v_cond, v_uncond
-
-
-class _Field:
-    """The (guided) velocity of one sampling run, at one time for all rows."""
-
-    def __init__(
-        self, evaluate: Callable[[Tensor, Tensor], Pair], rows: int, guidance: float
-    ) -> None:
-        self.evaluate = evaluate
-        self.rows = rows
         self.guidance = guidance
+        self.conditions = conditions if uncond is None else _joined(conditions, uncond)
+        batch = noise.shape[0]
+        self.halves = None if uncond is None else (batch, batch)
+        rows = batch if uncond is None else 2 * batch
+        self.start = torch.ones(rows, device=noise.device, dtype=torch.float32)
+        # Whether a state may be written over by the next: under guidance the velocity is given a
+        # copy, so that none but the loop holds it. Smaller ones cost less to make than to check.
+        self.overwrite = uncond is not None and not kept and noise.nbytes >= 1 << 20
+        self.ready: dict[float, Tensor] = {}
+        if noise.device.type == "cpu":
+            # All of the schedule's in one go, in half the host time. Elsewhere that would be a
+            # copy from the host, which a stream that is being captured refuses.
+            made = torch.tensor(times, dtype=torch.float32)[:, None].expand(-1, rows)
+            self.ready.update(zip(times, made.contiguous().unbind(), strict=True))
 
     def pair(self, x: Tensor, t: float) -> Pair:
-        return self.evaluate(x, torch.full((self.rows,), t, device=x.device, dtype=torch.float32))
+        # Handed out once: a velocity may overwrite it.
+        time = self.ready.pop(t, None)
+        if time is None:
+            time = torch.full_like(self.start, t)
+        if self.halves is None:
+            return self.velocity(x, time, **self.conditions), None
+        both = self.velocity(torch.cat((x, x)), time, **self.conditions)
+        v_cond, v_uncond = both.split_with_sizes(self.halves)
+        return v_cond, v_uncond
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         return guided(self.pair(x, t), self.guidance)
@@ -114,9 +122,14 @@ class _Field:
 class _Euler:
     """x + h·f(x, t), guidance inside the step's one pass over memory."""
 
+    def __init__(self) -> None:
+        self.made: Tensor | None = None
+
     def step(self, field: _Field, x: Tensor, t: float, h: float) -> Tensor:
         v_cond, v_uncond = field.pair(x, t)
-        return euler_step(x, v_cond, h, v_uncond=v_uncond, guidance=field.guidance)
+        out = x if field.overwrite and x is self.made else None
+        self.made = euler_step(x, v_cond, h, v_uncond=v_uncond, guidance=field.guidance, out=out)
+        return self.made
 
 
 class _Heun:
@@ -237,7 +250,7 @@ def sample(
         raise TypeError(f"noise is {noise!r}; it must be a tensor [B, ...]")
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule is {schedule!r}; it must be a Schedule, such as uniform(4)")
-    conditions = _checked_conditions(conditions, len(noise))
+    conditions = _checked_conditions(conditions, noise.shape[0])
     if guidance is not None:
         guidance = as_number(guidance, "guidance")
     if guidance is None or guidance == 1:
@@ -247,13 +260,14 @@ def sample(
     elif uncond is None:
         uncond = null_conditions(velocity, conditions)
 
-    calls = _Calls(velocity, conditions, uncond)
-    rows = calls.rows(noise)
-    field = _Field(_graphed(calls, noise, rows) if cuda_graph else calls, rows, guidance)
-    stepper = _METHODS[method]()
     times = schedule.times.tolist()
+    kept = return_trajectory or callback is not None
+    field = _Field(velocity, noise, conditions, uncond, guidance, times, kept)
+    if cuda_graph:
+        field.velocity = _graphed(field, noise)
+    stepper = _METHODS[method]()
     x, states = noise, [noise]
-    for step in _progress(range(schedule.steps), progress):
+    for step in _progress(range(len(times) - 1), progress):
         x = stepper.step(field, x, times[step], times[step + 1] - times[step])
         if return_trajectory:
             states.append(x)
@@ -267,7 +281,7 @@ def _checked_conditions(conditions: Mapping[str, Tensor] | None, batch: int) -> 
     for name, value in conditions.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"conditions[{name!r}] is {value!r}; it must be a tensor [B, ...]")
-        if value.dim() == 0 or len(value) != batch:
+        if value.dim() == 0 or value.shape[0] != batch:
             raise ValueError(
                 f"conditions[{name!r}] has shape {tuple(value.shape)}; its first size must be "
                 f"the batch's, {batch}"
@@ -297,43 +311,40 @@ def _progress(steps: range, show: bool) -> Iterable[int]:
     return track(steps, description="sampling")
 
 
-def _graphed(evaluate: Callable[[Tensor, Tensor], Pair], noise: Tensor, rows: int) -> Any:
+def _graphed(field: _Field, noise: Tensor) -> Velocity:
     if noise.device.type != "cuda":
         warnings.warn(
             f"cuda_graph ignored: noise is on {noise.device.type}, and CUDA graphs need a CUDA "
             "device; sampling runs without one",
             stacklevel=4,
         )
-        return evaluate
-    return _GraphedField(evaluate, noise, rows)
+        return field.velocity
+    return _GraphedVelocity(field, noise)
 
 
-class _GraphedField:
-    """A captured velocity call: inputs are copied in, the graph replayed, outputs copied out.
+class _GraphedVelocity:
+    """A captured velocity call: inputs are copied in, the graph replayed, the output copied out.
 
-    Outputs are copied because Heun, RK4 and AB2 hold one velocity while the next is computed
-    into the same memory; beside a network's forward the copy is nothing.
+    It is copied because Heun, RK4 and AB2 hold one velocity while the next is computed into the
+    same memory; beside a network's forward the copy is nothing. The conditions are the run's.
     """
 
-    def __init__(
-        self, evaluate: Callable[[Tensor, Tensor], Pair], noise: Tensor, rows: int
-    ) -> None:
-        self.x = noise.clone()
-        self.t = torch.ones(rows, device=noise.device, dtype=torch.float32)
+    def __init__(self, field: _Field, noise: Tensor) -> None:
+        self.x = noise.clone() if field.halves is None else torch.cat((noise, noise))
+        self.t = field.start.clone()
         # Lazily made state (cuBLAS handles, Triton kernels) must exist before the capture.
         with torch.cuda.device(noise.device):
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                evaluate(self.x, self.t)
+                field.velocity(self.x, self.t, **field.conditions)
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.pair = evaluate(self.x, self.t)
+                self.v = field.velocity(self.x, self.t, **field.conditions)
 
-    def __call__(self, x: Tensor, t: Tensor) -> Pair:
+    def __call__(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         self.x.copy_(x)
         self.t.copy_(t)
         self.graph.replay()
-        v_cond, v_uncond = self.pair
-        return v_cond.clone(), None if v_uncond is None else v_uncond.clone()
+        return self.v.clone()

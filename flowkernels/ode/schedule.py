@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,14 +37,15 @@ class Schedule:
 
     def __init__(self, times: Sequence[float] | Tensor, origin: str = "given") -> None:
         values = _float64(times, "times").clone()
-        if values.dim() != 1 or len(values) < 2:
+        if values.dim() != 1 or values.shape[0] < 2:
             raise ValueError(
                 f"times has shape {tuple(values.shape)}; it needs [n+1] with n at least 1"
             )
+        listed = values.tolist()
         # Written so that a NaN fails too.
-        if not (values[0] == 1 and values[-1] == 0 and bool((values[1:] < values[:-1]).all())):
+        if not (listed[0] == 1 and listed[-1] == 0 and all(b < a for a, b in pairwise(listed))):
             raise ValueError(
-                f"times is {values.tolist()}; it must fall strictly from exactly 1 to exactly 0"
+                f"times is {listed}; it must fall strictly from exactly 1 to exactly 0"
             )
         self.times = values
         self.origin = origin

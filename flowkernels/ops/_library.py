@@ -183,7 +183,9 @@ def choose(name: str, device: torch.device, served: bool) -> str:
     ``served`` says that they do (dtypes, strides, sizes).
     """
     device_type = device.type
-    if _forced is not None and _forced != "reference":
+    if _forced is None:
+        return _DEFAULTS.get((device_type, name), "reference") if served else "reference"
+    if _forced != "reference":
         reason = (
             why_off(name, _forced, device_type)
             if device_type in ("cpu", "cuda")
@@ -191,11 +193,7 @@ def choose(name: str, device: torch.device, served: bool) -> str:
         )
         if reason is not None:
             raise RuntimeError(f"backend({_forced!r}) cannot serve {name}: {reason}")
-    if not served or _forced == "reference":
-        return "reference"
-    if _forced is not None:
-        return _forced
-    return _DEFAULTS.get((device_type, name), "reference")
+    return _forced if served else "reference"
 
 
 def table() -> list[dict[str, str]]:

@@ -175,6 +175,43 @@ def test_inputs_are_not_changed_and_no_graph_is_kept():
     assert not x.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_states_written_over_are_seen_by_nobody(dtype):
+    noise = torch.linspace(-2, 2, 1 << 18).to(dtype).view(2, -1)
+    before, gain, seen = noise.clone(), torch.ones(2, 1), []
+
+    def velocity(x, t, gain):
+        seen.append((x, x.clone(), t, t.clone()))
+        return torch.tanh(x) * gain + t[:, None]
+
+    options = {
+        "guidance": 2.0,
+        "conditions": {"gain": gain},
+        "uncond": {"gain": torch.zeros_like(gain)},
+    }
+    x = sample(velocity, noise, uniform(4), **options)
+    assert torch.equal(noise, before)
+    assert len(seen) == 4
+    for x_held, x_then, t_held, t_then in seen:
+        assert torch.equal(x_held, x_then)
+        assert torch.equal(t_held, t_then)
+    trajectory = sample(velocity, noise, uniform(4), return_trajectory=True, **options)
+    assert torch.equal(trajectory[-1], x)
+    assert not torch.equal(trajectory[2], x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_velocity_may_overwrite_its_time(method):
+    def scaled(x, t):
+        t *= 2
+        return field(x, t / 2)
+
+    assert torch.equal(
+        sample(scaled, NOISE, uniform(4), method=method),
+        sample(field, NOISE, uniform(4), method=method),
+    )
+
+
 def test_noise_keeps_its_dtype_and_empty_batches_work():
     assert sample(field, NOISE.float(), uniform(2), method="euler").shape == (2, 1)
     for method in METHODS:

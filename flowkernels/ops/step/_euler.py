@@ -9,6 +9,7 @@ import torch
 from flowkernels.ops import _library
 from flowkernels.ops._autograd import FusedFunction, apply, mask_of, scatter, written
 from flowkernels.ops._samples import (
+    alike,
     check_batch_vector,
     check_like,
     check_samples,
@@ -62,38 +63,38 @@ def euler_step(
         >>> euler_step(torch.ones(1, 2), torch.full((1, 2), 4.0), -0.25)
         tensor([[0., 0.]])
     """
-    check_samples(x, "x")
-    check_like(v, "v", x)
-    if v_uncond is not None:
-        check_like(v_uncond, "v_uncond", x)
+    plain = alike(x, v, v_uncond)
+    if not plain:
+        check_samples(x, "x")
+        check_like(v, "v", x)
+        if v_uncond is not None:
+            check_like(v_uncond, "v_uncond", x)
     guidance = 1.0 if v_uncond is None else as_number(guidance, "guidance")
     dt_needs_grad = False
-    if isinstance(dt, Tensor) and dt.dim() == 0 and dt.device.type == "cpu" != x.device.type:
-        dt = float(dt)  # a number of the host's, as torch's own operators take it: no sync
     if isinstance(dt, Tensor):
-        _check_dt(dt, x)
-        dt_needs_grad = dt.requires_grad and torch.is_grad_enabled()
+        if dt.dim() == 0 and dt.device.type == "cpu" != x.device.type:
+            dt = float(dt)  # a number of the host's, as torch's own operators take it: no sync
+        else:
+            _check_dt(dt, x)
+            dt_needs_grad = dt.requires_grad and torch.is_grad_enabled()
     elif isinstance(dt, bool) or not isinstance(dt, (int, float)):
         raise TypeError(f"dt: got {type(dt).__name__}, need a number or a tensor, 0-d or [B]")
     if out is not None:
         _check_out(out, x, v, v_uncond, dt_needs_grad or wants_gradient(x, v, v_uncond))
-    backend = _library.choose(
-        "euler_step",
-        x.device,
-        not dt_needs_grad and kernels_read_samples(x, v, v_uncond, out),
-    )
+    read = (plain and out is None) or kernels_read_samples(x, v, v_uncond, out)
+    backend = _library.choose("euler_step", x.device, read and not dt_needs_grad)
     if backend == "reference":
         result = reference.euler_step(x, v, dt, v_uncond, guidance)
         return result if out is None else out.copy_(result)
     differentiate = tracked(x, v, v_uncond, constants=(dt,))
+    if not isinstance(dt, Tensor) and torch.compiler.is_compiling():
+        # A number would be a constant of the graph, and each step of a sampler a recompile.
+        dt = x.new_zeros((), dtype=torch.float32) + float(dt)
     arguments: tuple[Tensor | None, float, float]
     if isinstance(dt, Tensor):
         arguments = (dt.float() if dt.dtype == torch.float64 else dt, 0.0, guidance)
     else:
-        arguments = (None, float(dt), guidance)
-        if torch.compiler.is_compiling():
-            # A number would be a constant of the graph, and each step of a sampler a recompile.
-            arguments = (x.new_zeros((), dtype=torch.float32) + float(dt), 0.0, guidance)
+        arguments = (None, dt, guidance)
     if out is not None:
         operators.euler_step_out(backend, x, v, v_uncond, *arguments, out)
         written((out,))
