@@ -8,7 +8,9 @@ compiled whole; a penalty on gradients cannot be, and stays eager.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,18 @@ from flowkernels.nn import MMDiT
 from flowkernels.nn.embeddings import timestep_embedding, unpatchify
 
 Compiler = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+Losses = Callable[[Any, Tensor, Tensor, str], list[Tensor]]
+
+
+def under_autocast(losses: Losses) -> Losses:
+    """A step's losses in bfloat16 where its `autocast` says so, over float32 weights."""
+
+    @functools.wraps(losses)
+    def wrapped(self: Any, x: Tensor, labels: Tensor, phase: str) -> list[Tensor]:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            return losses(self, x, labels, phase)
+
+    return wrapped
 
 
 class PlainMMDiT(MMDiT):
@@ -138,6 +152,8 @@ def generator_loss(
 class PlainFGM:
     """One FGM step of the digits recipe."""
 
+    autocast = False
+
     def __init__(self, networks: dict[str, MMDiT], compiler: Compiler) -> None:
         self.teacher, self.generator, self.fake = (
             plain(networks[name]) for name in ("teacher", "generator", "fake")
@@ -149,6 +165,7 @@ class PlainFGM:
             "generator": Updater(self.generator, 3e-4, (0.0, 0.999), 0.99),
         }
 
+    @under_autocast
     def losses(self, x: Tensor, labels: Tensor, phase: str) -> list[Tensor]:
         z = torch.randn_like(x)
         if phase == "fake":
@@ -223,6 +240,8 @@ def scflow_student(
 class PlainSCFlow:
     """One SCFlow step of the digits recipe, after its warm-ups."""
 
+    autocast = False
+
     def __init__(
         self,
         networks: dict[str, MMDiT],
@@ -242,6 +261,7 @@ class PlainSCFlow:
             "discriminator": Updater(self.discriminator, 4e-4, (0.9, 0.999), None),
         }
 
+    @under_autocast
     def losses(self, x0: Tensor, labels: Tensor, phase: str) -> list[Tensor]:
         frozen(self.discriminator, phase == "student")
         if phase == "student":
