@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "norm_rows.h"
+
 namespace flowkernels {
 namespace {
 
@@ -115,6 +117,10 @@ FK_INLINE const float* gated_row(const NormForward& a, int64_t b, int64_t s, flo
   return h;
 }
 
+FK_INLINE uint16_t* half_row(const View& view, int64_t b, int64_t s) {
+  return reinterpret_cast<uint16_t*>(view.row(b, s));
+}
+
 }  // namespace
 
 FK_CLONES void norm_forward(const NormForward& a, int64_t begin, int64_t end) {
@@ -123,13 +129,24 @@ FK_CLONES void norm_forward(const NormForward& a, int64_t begin, int64_t end) {
   float* multiplier = scratch[0];
   float* addend = scratch[1];
   Affine affine;
+  const NormRows* own =
+      a.y && all_bfloat16(a.input, a.branch, a.gate, a.h, a.y) ? kNormRows : nullptr;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t b = index / a.extent.rows, s = index % a.extent.rows;
-    const float* h = a.branch ? gated_row(a, b, s, scratch[3], scratch[4], scratch[5], scratch[6])
-                              : operand_row(a.input, b, s, scratch[3], n);
+    const float* h = scratch[3];
+    float total = 0.f;
+    if (own && a.branch)
+      total = own->gated(half_row(a.input, b, s), half_row(a.branch, b, s), half_row(a.gate, b, s),
+                         half_row(a.h, b, s), scratch[3], n);
+    else if (own)
+      total = own->widen(half_row(a.input, b, s), scratch[3], n);
+    else if (a.branch)
+      h = gated_row(a, b, s, scratch[3], scratch[4], scratch[5], scratch[6]);
+    else
+      h = operand_row(a.input, b, s, scratch[3], n);
     if (!a.y) continue;
-    const float mean =
-        a.rms ? 0.f : sum(h, n, [](const auto& x) FK_INLINE_LAMBDA { return x; }) / n;
+    if (!own && !a.rms) total = sum(h, n, [](const auto& x) FK_INLINE_LAMBDA { return x; });
+    const float mean = a.rms ? 0.f : total / n;
     const auto centred_square = [=](const auto& x)
                                     FK_INLINE_LAMBDA { return (x - mean) * (x - mean); };
     const float variance = sum(h, n, centred_square) / n;
@@ -138,9 +155,13 @@ FK_CLONES void norm_forward(const NormForward& a, int64_t begin, int64_t end) {
     a.rstd[index] = rstd;
     if (changed(affine, a.shift, a.scale, a.weight, a.bias, b, s))
       build_affine(a.shift, a.scale, a.weight, a.bias, b, s, multiplier, addend, scratch[2], n);
-    write_row(a.y.row(b, s), a.y.dtype, n, [=](int64_t i) FK_INLINE_LAMBDA {
-      return (h[i] - mean) * rstd * multiplier[i] + addend[i];
-    });
+    if (own)
+      own->normed({h, multiplier, addend, n}, mean, rstd, half_row(a.y, b, s),
+                  half_row(a.input, b, s + 1));
+    else
+      write_row(a.y.row(b, s), a.y.dtype, n, [=](int64_t i) FK_INLINE_LAMBDA {
+        return (h[i] - mean) * rstd * multiplier[i] + addend[i];
+      });
   }
 }
 

@@ -54,6 +54,34 @@ def test_the_norm_is_of_the_h_that_is_returned(norm: str):
         assert torch.equal(y, modulated_norm(h, shift, scale, norm=norm))
 
 
+@pytest.mark.parametrize("width", [7, 33, 64, 100, 1536])
+@pytest.mark.parametrize("values", ["normal", "subnormal", "wide", "not finite"])
+def test_rounding_is_the_same_on_every_path(width: int, values: str):
+    """bfloat16 throughout has loops of its own; with a float32 shift the portable ones run."""
+    if _library.why_off("modulated_norm", "native", "cpu") is not None:
+        pytest.skip("needs the native library")
+    torch.manual_seed(0)
+    factor = {"subnormal": 1e-39, "wide": torch.exp(8 * torch.randn(5, width))}.get(values, 1.0)
+    x, branch = (torch.randn(2, 3, 5, width) * factor).bfloat16()
+    shift, gate = (torch.randn(2, 3, width) * (1e-39 if values == "subnormal" else 1)).bfloat16()
+    if values == "not finite":
+        x[0, 0, 0], x[1, 1, -1] = float("nan"), float("inf")
+    with flowkernels.backend("native"):
+        for norm in ("layer", "rms"):
+            y = modulated_norm(x, shift, norm=norm)
+            portable = modulated_norm(x, shift.float(), norm=norm)
+            assert torch.equal(bits(y), bits(portable.bfloat16()))
+            h, y = gated_residual_norm(x, branch, gate, shift, norm=norm)
+            portable_h, portable = gated_residual_norm(x, branch, gate, shift.float(), norm=norm)
+            assert torch.equal(bits(h), bits(portable_h))
+            assert torch.equal(bits(y), bits(portable.bfloat16()))
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """All NaN alike: torch's cast makes others than the kernels."""
+    return x.view(torch.int16).masked_fill(x.isnan(), 0x7FC0)
+
+
 @interpretable
 def test_large_offset_does_not_cancel():
     """Statistics of a row far from zero: the variance is of the centred row, not E[x²] - E[x]²."""
