@@ -112,7 +112,13 @@ class _Field:
         if self.halves is None:
             return self.velocity(x, time, **self.conditions), None
         both = self.velocity(torch.cat((x, x)), time, **self.conditions)
-        v_cond, v_uncond = both.split_with_sizes(self.halves)
+        try:
+            v_cond, v_uncond = both.split_with_sizes(self.halves)
+        except RuntimeError:
+            raise ValueError(
+                f"velocity gave shape {tuple(both.shape)} for {sum(self.halves)} rows; it must "
+                "give that of x"
+            ) from None
         return v_cond, v_uncond
 
     def __call__(self, x: Tensor, t: float) -> Tensor:

@@ -212,6 +212,13 @@ def test_a_velocity_may_overwrite_its_time(method):
     )
 
 
+def test_a_velocity_of_other_rows_is_named():
+    labels = {"labels": torch.tensor([0, 1])}
+    options = {"guidance": 2.0, "conditions": labels, "uncond": labels}
+    with pytest.raises(ValueError, match=r"velocity gave shape \(2, 1\) for 4 rows"):
+        sample(lambda x, t, labels: x[:2], NOISE, uniform(2), **options)
+
+
 def test_noise_keeps_its_dtype_and_empty_batches_work():
     assert sample(field, NOISE.float(), uniform(2), method="euler").shape == (2, 1)
     for method in METHODS:
