@@ -195,6 +195,46 @@ def test_opcheck_of_the_core(lengths, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("lengths", [None, [9, 3, 0]], ids=str)
+@pytest.mark.parametrize("width", [5, 16], ids=str)
+def test_opcheck_of_the_short_core(width, lengths, dtype):
+    """Strided operands, too, and widths that fill no vector."""
+    operators = torch.ops.flowkernels
+    q, k, v = torch.randn(3, 9, 3, 2, width).to(dtype).unbind(2)
+    q = q[:, :7]
+    counts = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    out, _ = operators.short_attention_forward(q, k, v, counts, 0.25)
+    torch.library.opcheck(operators.short_attention_forward.default, (q, k, v, counts, 0.25))
+    grad = torch.randn_like(out)
+    torch.library.opcheck(operators.short_attention_backward.default, (grad, q, k, v, counts, 0.25))
+
+
+@pytest.mark.parametrize("size", [1, 30], ids=lambda size: f"scores_{size}")
+@pytest.mark.parametrize("shape", [(5, 8), (17, 32), (81, 64)], ids=str)
+def test_the_short_core_is_as_near_to_float64_as_pytorch(shape, size):
+    """Also where one key has nearly all the weight: there rounding of large scores matters most."""
+    tokens, width = shape
+    q, k, v = heads(4, tokens, width)
+    operands = (q * size, k, v)
+    grad = torch.randn(q.shape)
+
+    def run(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in operands]
+        out = function(*leaves)
+        found = torch.autograd.grad(out, leaves, grad.to(dtype).view(out.shape))
+        return [each.double().flatten() for each in (out, *found)]
+
+    def plain(*leaves):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves))
+        return out.transpose(1, 2)
+
+    truth = run(plain, torch.float64)
+    ours, peer = run(lambda *x: joint_attention(x), torch.float32), run(plain, torch.float32)
+    for mine, other, exact in zip(ours, peer, truth, strict=True):
+        assert (mine - exact).norm() <= 2 * (other - exact).norm()
+
+
 def test_long_narrow_backward():
     """From 512 tokens bfloat16 is multiplied as it is, where the processor has products for it."""
     q, k, v = heads(1, 513, dtype=torch.bfloat16)

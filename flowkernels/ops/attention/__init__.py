@@ -129,8 +129,9 @@ def joint_attention(
         scale: Of the scores; None is ``1/√E``.
         eps: Of the norms.
         rounding: As in :func:`qk_norm_rope`.
-        core: Who computes the softmax and its products: ``"auto"``, ``"sdpa"`` (PyTorch's best),
-            ``"cudnn"``, ``"flash"``, ``"xformers"``, ``"triton"`` or ``"reference"``.
+        core: Who computes the softmax and its products: ``"auto"``, ``"sdpa"`` (PyTorch's best;
+            on CPU what ``"auto"`` is), ``"cudnn"``, ``"flash"``, ``"xformers"``, ``"triton"`` or
+            ``"reference"``.
 
     Returns:
         ``(out_first, out_second)``, [B, Q₁, H·E] and [B, Q₂, H·E], views of one tensor, in the

@@ -152,3 +152,16 @@ attention_backward = define(
     _attention_backward_fake,
     triton=_CORE + "attention_backward",
 )
+
+# The CPU's core for short sequences, lengths included; any strides with a unit last one.
+short_attention_forward = define(
+    "short_attention_forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale) -> (Tensor, Tensor)",
+    _attention_forward_fake,
+)
+short_attention_backward = define(
+    "short_attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda grad_out, q, k, v, lengths, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)

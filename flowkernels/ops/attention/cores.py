@@ -74,7 +74,10 @@ class Own:
 
 
 class Cpu(Own):
-    """PyTorch's blocks; called past the dispatcher, which a function in Python pays for twice."""
+    """Ours or PyTorch's blocks, by length.
+
+    Called past the dispatcher, which a function in Python pays for twice.
+    """
 
     def __init__(self) -> None:
         super().__init__("native")
