@@ -105,8 +105,9 @@ class TrainConfig:
     """Seed of every generator and of the order of the data."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast for the networks; weights, moments and EMA stay float32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """bf16: autocast for the networks; weights, moments and EMA stay float32. auto: bf16 where the
+    device has matrix products of it, else fp32."""
     compile: bool = False
     """torch.compile each block of the networks."""
     gradient_checkpointing: bool = False

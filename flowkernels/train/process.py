@@ -39,6 +39,15 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether the networks are autocast; "auto" asks if the device multiplies bfloat16 itself."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def refuse_several_processes() -> None:
     """Raise UsageError under a launcher of several processes.
 

@@ -34,6 +34,7 @@ from flowkernels.train.process import (
     exclusive,
     refuse_several_processes,
     resolve_device,
+    uses_bfloat16,
 )
 from flowkernels.train.random_state import random_state, seed_everything, set_random_state
 from flowkernels.train.reporting import Reporter
@@ -100,6 +101,7 @@ class Trainer:
         self.config = config
         self.output = Path(config.output)
         self.device = resolve_device(config.device)
+        self.bfloat16 = uses_bfloat16(config.precision, self.device)
         self.dataset = load_dataset(config.data) if dataset is None else dataset
         self.method = method.to(self.device)
         self.phases: tuple[Phase, ...] = method.phases()
@@ -220,8 +222,7 @@ class Trainer:
         optimizer.step()
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
 
     # ---- what the host looks at, at log points and checkpoints ----------------------------------
 

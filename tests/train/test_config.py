@@ -42,7 +42,7 @@ def test_recipe_values_take_their_types() -> None:
         ({"optim": {"lr": True}}, "optim.lr: got True, needs a number"),
         ({"optim": {"betas": [0.9]}}, "optim.betas: got 1 values, needs 2"),
         ({"optim": {"ema_decays": 0.9}}, "optim.ema_decays: got 0.9, needs a list"),
-        ({"precision": "fp8"}, "precision: got 'fp8', needs one of fp32, bf16"),
+        ({"precision": "fp8"}, "precision: got 'fp8', needs one of fp32, bf16, auto"),
         ({"data": "digits"}, "data.: got 'digits', needs keys and values"),
         ([1], r"the recipe: got \[1\], needs keys and values"),
     ],

@@ -194,6 +194,16 @@ def test_bf16_autocast_keeps_float32_weights(tmp_path: Path) -> None:
     assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("offers", [False, True])
+def test_auto_precision_is_bf16_where_the_processor_multiplies_it(
+    offers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: offers)
+    assert trainer(tmp_path, precision="auto").bfloat16 is offers
+    assert trainer(tmp_path, precision="bf16").bfloat16
+    assert not trainer(tmp_path, precision="fp32").bfloat16
+
+
 def test_tensorboard_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
