@@ -51,14 +51,21 @@ def apply(function: type[FusedFunction], *args: Any) -> Any:
     Where no gradient can be asked for, the forward pass is called outright: ``apply`` costs more
     host time than the operator itself.
     """
-    if not torch.compiler.is_compiling():
-        _refuse_transforms(args)
-        if not torch.is_grad_enabled() or not any(
-            isinstance(arg, Tensor) and arg.requires_grad for arg in args
-        ):
-            return function.forward(_NoGraph(), *args)
-        return function.apply(*args)
-    return function.apply(*_distinct(args))
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(args))
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return record(function, *args)
+    _refuse_transforms(args)
+    return function.forward(_NoGraph(), *args)
+
+
+def record(function: type[FusedFunction], *args: Any) -> Any:
+    """:func:`apply` where a gradient is known to be asked for."""
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(args))
+    _refuse_transforms(args)
+    # Past `autograd.Function.apply`, which looks for the very transforms that are refused here.
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def _distinct(args: Sequence[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flowkernels.ops import _library
-from flowkernels.ops._autograd import apply
+from flowkernels.ops._autograd import record
 from flowkernels.ops._samples import check_samples, kernels_read_samples, tracked
 from flowkernels.ops._validate import as_finite, check_tensor
 from flowkernels.ops.adversarial import _operators as operators
@@ -86,7 +86,7 @@ def _gan(name: str, real: Tensor, fake: Tensor | None) -> Tensor:
     if backend == "reference":
         return reference.gan(real, fake)
     if tracked(real, fake):
-        return apply(GAN, backend, real, fake)
+        return record(GAN, backend, real, fake)
     return operators.gan_forward(backend, real, fake, 0)[0]
 
 
@@ -185,7 +185,7 @@ def gradient_penalty(gradient: Tensor, gamma: float) -> Tensor:
     if backend == "reference":
         return reference.gradient_penalty(gradient, gamma)
     if tracked(gradient):
-        return apply(GradientPenalty, backend, gradient, gamma)
+        return record(GradientPenalty, backend, gradient, gamma)
     return operators.gradient_penalty_forward(backend, gradient, gamma, 0)[0]
 
 

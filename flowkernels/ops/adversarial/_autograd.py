@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flowkernels.ops._autograd import FusedFunction, mask_of, reference_gradients, scatter
-from flowkernels.ops._losses import stores, taken
+from flowkernels.ops._losses import ready, stores, taken
 from flowkernels.ops.adversarial import _operators as operators
 from flowkernels.ops.adversarial import reference
 
@@ -31,6 +31,8 @@ class GAN(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        if gradients := ready(ctx, grad_loss):
+            return (None, *scatter(gradients, ctx.needed))
         operands = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = reference_gradients(reference.gan, operands, (grad_loss,), ctx.needed)
@@ -57,6 +59,8 @@ class GradientPenalty(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        if gradients := ready(ctx, grad_loss):
+            return None, gradients[0], None
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = reference_gradients(

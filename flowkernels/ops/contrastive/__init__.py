@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flowkernels.ops import _library
-from flowkernels.ops._autograd import apply
+from flowkernels.ops._autograd import record
 from flowkernels.ops._losses import needs_grad
 from flowkernels.ops._samples import (
     REDUCTIONS,
@@ -92,7 +92,7 @@ def contrastive_flow_matching(
         return reference.contrastive_flow_matching(v, x0, noise, negatives, weight, lam, reduction)
     code = REDUCTIONS.index(reduction)
     if tracked(v, constants=(x0, noise, weight)):
-        return apply(ContrastiveFlowMatching, backend, v, x0, noise, negatives, weight, lam, code)
+        return record(ContrastiveFlowMatching, backend, v, x0, noise, negatives, weight, lam, code)
     return operators.contrastive_forward(backend, v, x0, noise, negatives, weight, lam, code, 0)[0]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flowkernels.ops._autograd import FusedFunction, reference_gradients
-from flowkernels.ops._losses import stores, taken
+from flowkernels.ops._losses import ready, stores, taken
 from flowkernels.ops._samples import REDUCTIONS
 from flowkernels.ops.contrastive import _operators as operators
 from flowkernels.ops.contrastive import reference
@@ -39,9 +39,11 @@ class ContrastiveFlowMatching(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        none = (None,) * 6
+        if gradients := ready(ctx, grad_loss):
+            return (None, gradients[0], *none)
         v, x0, noise, negatives, weight = ctx.saved_tensors
         lam, reduction = ctx.settings
-        none = (None,) * 6
         if torch.is_grad_enabled():
             found = reference_gradients(
                 lambda v: reference.contrastive_flow_matching(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flowkernels.ops._autograd import FusedFunction, mask_of, reference_gradients, scatter
-from flowkernels.ops._losses import stores, taken
+from flowkernels.ops._losses import ready, stores, taken
 from flowkernels.ops._samples import REDUCTIONS
 from flowkernels.ops.correction import _operators as operators
 from flowkernels.ops.correction import reference
@@ -35,6 +35,8 @@ class SelfCorrected(FusedFunction):
         none = (None,) * 12
         if grad_total is None:
             return (None, None, *none)
+        if gradients := ready(ctx, grad_total):
+            return (None, gradients[0], *none)
         if torch.is_grad_enabled():
             v, v_teacher, v_post, v_prev, x0, noise, t, t_post, t_prev = ctx.saved_tensors
             trunc, c, lam_bi, code = ctx.settings
@@ -75,6 +77,8 @@ class PairLoss(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        if gradients := ready(ctx, grad_loss):
+            return (None, *scatter(gradients, ctx.needed), None, None, None)
         x, y, t = ctx.saved_tensors
         if torch.is_grad_enabled():
             reduction = REDUCTIONS[ctx.reduction]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flowkernels.ops import _library
-from flowkernels.ops._autograd import FusedFunction, apply, mask_of, scatter
+from flowkernels.ops._autograd import FusedFunction, mask_of, record, scatter
 from flowkernels.ops._samples import (
     check_batch_vector,
     check_like,
@@ -95,7 +95,7 @@ def _with_noise(backend: str, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     if backend == "reference":
         return reference.interpolate(x0, t, noise)
     if tracked(x0, noise, constants=(t,)):
-        return apply(Interpolate, backend, x0, t, noise)
+        return record(Interpolate, backend, x0, t, noise)
     return operators.interpolate_forward(backend, x0, t, noise)
 
 
@@ -115,7 +115,7 @@ def _with_seed(
         seed, offset = _on_device(seed, x0), _on_device(offset, x0)
     arguments = (x0, t, *_pair(seed), *_pair(offset), return_noise)
     if tracked(x0, constants=(t,)):
-        x_t, noise = apply(InterpolateSeeded, backend, *arguments)
+        x_t, noise = record(InterpolateSeeded, backend, *arguments)
     else:
         x_t, noise = operators.interpolate_seeded(backend, *arguments)
     return x_t, noise if return_noise else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from flowkernels.ops import _library
-from flowkernels.ops._autograd import apply
+from flowkernels.ops._autograd import record
 from flowkernels.ops._losses import needs_grad
 from flowkernels.ops._samples import (
     REDUCTIONS,
+    alike,
     check_batch_vector,
     check_like,
     check_samples,
@@ -62,13 +63,14 @@ def flow_matching(
         >>> flow_matching(noise - x0 + 0.5, x0, noise)
         tensor(0.2500)
     """
-    check_samples(v, "v")
-    check_like(x0, "x0", v)
-    check_like(noise, "noise", v)
+    if not (same := alike(v, x0, noise)):
+        check_samples(v, "v")
+        check_like(x0, "x0", v)
+        check_like(noise, "noise", v)
     check_choice(reduction, "reduction", REDUCTIONS)
     if weight is not None:
         check_batch_vector(weight, "weight", v)
-    return _residual_loss("flow_matching", v, x0, noise, None, weight, reduction)
+    return _residual_loss("flow_matching", v, x0, noise, None, weight, reduction, same)
 
 
 def straightening(
@@ -115,14 +117,15 @@ def straightening(
         >>> straightening(v, x_start, x_end, dt)
         tensor(0.)
     """
-    check_samples(v, "v")
-    check_like(x_start, "x_start", v)
-    check_like(x_end, "x_end", v)
+    if not (same := alike(v, x_start, x_end)):
+        check_samples(v, "v")
+        check_like(x_start, "x_start", v)
+        check_like(x_end, "x_end", v)
     check_batch_vector(dt, "dt", v)
     check_choice(reduction, "reduction", REDUCTIONS)
     if weight is not None:
         check_batch_vector(weight, "weight", v)
-    return _residual_loss("straightening", v, x_start, x_end, dt, weight, reduction)
+    return _residual_loss("straightening", v, x_start, x_end, dt, weight, reduction, same)
 
 
 def _residual_loss(
@@ -133,9 +136,10 @@ def _residual_loss(
     dt: Tensor | None,
     weight: Tensor | None,
     reduction: str,
+    same: bool,
 ) -> Tensor:
-    """Checked operands to the loss of ``v - (noise - x0)/dt``."""
-    served = kernels_read_samples(v, x0, noise, weight)
+    """Checked operands to the loss of ``v - (noise - x0)/dt``; ``same``: the samples are alike."""
+    served = (same or kernels_read_samples(v, x0, noise)) and kernels_read_samples(weight)
     served = served and not needs_grad(weight) and not needs_grad(dt)
     backend = _library.choose(name, v.device, served)
     if backend == "reference":
@@ -144,7 +148,7 @@ def _residual_loss(
         dt = dt.float()
     code = REDUCTIONS.index(reduction)
     if tracked(v, x0, noise, constants=(dt, weight)):
-        return apply(FlowMatching, backend, v, x0, noise, dt, weight, code)
+        return record(FlowMatching, backend, v, x0, noise, dt, weight, code)
     return operators.flow_matching_forward(backend, v, x0, noise, dt, weight, code, 0)[0]
 
 
@@ -210,15 +214,16 @@ def fgm(
         >>> torch.allclose(exact, ((u - w) ** 2 - (v - w) ** 2).mean(), atol=1e-6)
         True
     """
-    check_samples(u, "u")
-    check_like(v, "v", u)
-    check_like(x0, "x0", u)
-    check_like(noise, "noise", u)
+    if not (same := alike(u, v, x0, noise, u_uncond)):
+        check_samples(u, "u")
+        check_like(v, "v", u)
+        check_like(x0, "x0", u)
+        check_like(noise, "noise", u)
+        if u_uncond is not None:
+            check_like(u_uncond, "u_uncond", u)
     check_batch_vector(t, "t", u)
     if weight is not None:
         check_batch_vector(weight, "weight", u)
-    if u_uncond is not None:
-        check_like(u_uncond, "u_uncond", u)
     if normalize is not None:
         check_choice(normalize, "normalize", ("sid",))
     if nonfinite is not None:
@@ -229,7 +234,9 @@ def fgm(
     backend = _library.choose(
         "fgm",
         u.device,
-        kernels_read_samples(u, v, x0, noise, u_uncond, weight) and not needs_grad(weight),
+        (same or kernels_read_samples(u, v, x0, noise, u_uncond))
+        and kernels_read_samples(weight)
+        and not needs_grad(weight),
     )
     if backend == "reference":
         loss, skipped = reference.fgm(
@@ -240,7 +247,7 @@ def fgm(
             t = t.float()
         settings = (lam, guidance, sid, REDUCTIONS.index(reduction))
         if tracked(u, v, x0, noise, u_uncond, constants=(t, weight)):
-            loss, skipped = apply(FGM, backend, u, v, x0, noise, u_uncond, t, weight, *settings)
+            loss, skipped = record(FGM, backend, u, v, x0, noise, u_uncond, t, weight, *settings)
         else:
             loss, skipped = operators.fgm_forward(
                 backend, u, v, x0, noise, u_uncond, t, weight, *settings, 0

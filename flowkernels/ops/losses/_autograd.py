@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flowkernels.ops._autograd import FusedFunction, mask_of, reference_gradients, scatter
-from flowkernels.ops._losses import stores, taken
+from flowkernels.ops._losses import ready, stores, taken
 from flowkernels.ops._samples import REDUCTIONS
 from flowkernels.ops.losses import _operators as operators
 from flowkernels.ops.losses import reference
@@ -48,6 +48,8 @@ class FlowMatching(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        if gradients := ready(ctx, grad_loss):
+            return (None, *scatter(gradients, ctx.needed), None, None, None)
         v, x0, noise, dt, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = reference_gradients(
@@ -113,6 +115,8 @@ class FGM(FusedFunction):
         none = (None,) * 6
         if grad_loss is None:
             return (None, *(None,) * 5, *none)
+        if gradients := ready(ctx, grad_loss):
+            return (None, *scatter(gradients, ctx.needed), *none)
         u, v, x0, noise, u_uncond, t, weight, omega = ctx.saved_tensors
         operands = (u, v, x0, noise, u_uncond)
         lam, guidance, sid, reduction = ctx.settings
