@@ -128,11 +128,12 @@ FK_INLINE void transpose(const Matrix& source, const Matrix& target, int64_t row
     const float* row[4];
     for (int64_t t = 0; t < 4; ++t) row[t] = source.row(std::min(i + t, rows - 1));
     for (int64_t j = 0; j < n; j += 4) {
-      const auto at = [&](int t) { return *reinterpret_cast<const Four*>(row[t] + j); };
+      const auto at = [&](int t)
+                          FK_INLINE_LAMBDA { return *reinterpret_cast<const Four*>(row[t] + j); };
       const Four a = at(0), b = at(1), c = at(2), d = at(3);
       const Four ab = FK_SHUFFLE(a, b, 0, 4, 1, 5), cd = FK_SHUFFLE(c, d, 0, 4, 1, 5);
       const Four AB = FK_SHUFFLE(a, b, 2, 6, 3, 7), CD = FK_SHUFFLE(c, d, 2, 6, 3, 7);
-      const auto to = [&](int t) -> Four& {
+      const auto to = [&](int t) FK_INLINE_LAMBDA -> Four& {
         return *reinterpret_cast<Four*>(target.row(j + t) + i);
       };
       to(0) = FK_SHUFFLE(ab, cd, 0, 1, 4, 5);
