@@ -94,13 +94,13 @@ def effort_of(options: argparse.Namespace) -> Effort:
 
 
 def measure(options: argparse.Namespace, json_path: Path, environment: dict[str, str]) -> int:
-    """Run the cases in two processes; write pytest-benchmark's JSON of both as one file."""
+    """Run the cases, on CPU in two processes; pytest-benchmark's JSON of both is one file."""
     budget = effort_of(options).budget if options.budget is None else options.budget
     ends = time.monotonic() + budget
-    parts = {
-        json_path.with_stem(f"{json_path.stem}-alone"): [str(ALONE)],
-        json_path: [str(ROOT / "bench"), f"--ignore={ALONE}"],
-    }
+    parts = {json_path: [str(ROOT / "bench")]}
+    if options.device == "cpu":
+        alone = json_path.with_stem(f"{json_path.stem}-alone")
+        parts = {alone: [str(ALONE)], json_path: [*parts[json_path], f"--ignore={ALONE}"]}
     codes = set()
     for path, paths in parts.items():
         path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkernels
 from flowkernels.losses import fgm, flow_matching, straightening
@@ -376,3 +377,24 @@ def test_kernels_accumulate_a_difference_near_zero(dtype):
     with flowkernels.backend(KERNELS):
         found = fgm(u, v, x0, noise, torch.rand(2))
     assert abs(found - exact) < 1e-3 * exact.abs() + 1e-9
+
+
+def test_a_gradient_of_one_costs_no_operator_and_another_does():
+    """On CPU: the stored gradients are handed out, or computed again for what came."""
+    v, x0, noise = torch.randn(3, 2, 5).unbind()
+    calls = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    for factor in (1.0, 3.0):
+        leaf = v.clone().requires_grad_()
+        loss = flow_matching(leaf, x0, noise)
+        calls.clear()
+        with Names():
+            found += torch.autograd.grad(loss, leaf, torch.tensor(factor))
+        assert ("flowkernels::flow_matching_rescale_" in calls) is (factor != 1.0)
+    torch.testing.assert_close(found[1], 3 * found[0])
