@@ -25,6 +25,9 @@ FK_CLONES void euler_step(const EulerStep& a, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < at.count; ++i) out[i] = x[i] + dt * v[i];
     }
     store_row(out, target, a.out.dtype, at.count);
+    for (int64_t half = 0; a.twice && half < 2; ++half)
+      std::memcpy(element(a.twice, half * a.batch + at.sample, at.first), target,
+                  at.count * element_size(a.out.dtype));
     flat += at.count;
   }
 }

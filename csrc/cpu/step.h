@@ -9,6 +9,7 @@ struct EulerStep {
   int64_t batch, elements;
   View x, v, v_uncond;  // v_uncond may be empty
   View out;             // may be x
+  View twice;           // 2·batch samples, or empty: out after out
   PerSample dt;
   float guidance;
 };

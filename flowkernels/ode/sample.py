@@ -12,6 +12,7 @@ from torch import Tensor
 from flowkernels.ode.schedule import Schedule
 from flowkernels.ops._validate import as_number
 from flowkernels.ops.step import euler_step
+from flowkernels.ops.step._euler import guided_euler_step
 
 Velocity = Callable[..., Tensor]
 """`f(x, t, **conditions)` with x [B, ...], t [B] float32, to a velocity of x's shape."""
@@ -94,9 +95,8 @@ class _Field:
         self.halves = None if uncond is None else (batch, batch)
         rows = batch if uncond is None else 2 * batch
         self.start = torch.ones(rows, device=noise.device, dtype=torch.float32)
-        # Whether a state may be written over by the next: under guidance the velocity is given a
-        # copy, so that none but the loop holds it. Smaller ones cost less to make than to check.
-        self.overwrite = uncond is not None and not kept and noise.nbytes >= 1 << 20
+        self.kept = kept
+        self.last = times[-2]
         self.ready: dict[float, Tensor] = {}
         if noise.device.type == "cpu":
             # All of the schedule's in one go, in half the host time. Elsewhere that would be a
@@ -104,38 +104,45 @@ class _Field:
             made = torch.tensor(times, dtype=torch.float32)[:, None].expand(-1, rows)
             self.ready.update(zip(times, made.contiguous().unbind(), strict=True))
 
-    def pair(self, x: Tensor, t: float) -> Pair:
+    def at(self, rows: Tensor, t: float) -> Tensor:
+        """The velocity of all rows; under guidance those with conditions, then those without."""
         # Handed out once: a velocity may overwrite it.
         time = self.ready.pop(t, None)
         if time is None:
             time = torch.full_like(self.start, t)
-        if self.halves is None:
-            return self.velocity(x, time, **self.conditions), None
-        both = self.velocity(torch.cat((x, x)), time, **self.conditions)
-        try:
-            v_cond, v_uncond = both.split_with_sizes(self.halves)
-        except RuntimeError:
+        v = self.velocity(rows, time, **self.conditions)
+        if self.halves is not None and v.shape != rows.shape:
             raise ValueError(
-                f"velocity gave shape {tuple(both.shape)} for {sum(self.halves)} rows; it must "
-                "give that of x"
-            ) from None
-        return v_cond, v_uncond
+                f"velocity gave shape {tuple(v.shape)} for {len(rows)} rows; it must give that of x"
+            )
+        return v
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        return guided(self.pair(x, t), self.guidance)
+        if self.halves is None:
+            return self.at(x, t)
+        v_cond, v_uncond = self.at(torch.cat((x, x)), t).split_with_sizes(self.halves)
+        return guided((v_cond, v_uncond), self.guidance)
 
 
 class _Euler:
-    """x + h·f(x, t), guidance inside the step's one pass over memory."""
+    """x + h·f(x, t), guidance and the next call's batch inside the step's one pass over memory."""
 
     def __init__(self) -> None:
-        self.made: Tensor | None = None
+        self.twice: Tensor | None = None
 
     def step(self, field: _Field, x: Tensor, t: float, h: float) -> Tensor:
-        v_cond, v_uncond = field.pair(x, t)
-        out = x if field.overwrite and x is self.made else None
-        self.made = euler_step(x, v_cond, h, v_uncond=v_uncond, guidance=field.guidance, out=out)
-        return self.made
+        if field.halves is None:
+            return euler_step(x, field.at(x, t), h)
+        # The velocity is given a copy: a state that the loop made none but the loop holds.
+        out = None if self.twice is None or field.kept else x
+        twice, self.twice = torch.cat((x, x)) if self.twice is None else self.twice, None
+        v = field.at(twice, t)
+        del twice  # its memory may serve the next
+        if t == field.last:
+            v_cond, v_uncond = v.split_with_sizes(field.halves)
+            return euler_step(x, v_cond, h, v_uncond=v_uncond, guidance=field.guidance)
+        x, self.twice = guided_euler_step(x, v, h, field.guidance, out)
+        return x
 
 
 class _Heun:

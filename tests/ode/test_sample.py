@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flowkernels.nn import GaussianMixture
-from flowkernels.ode import METHODS, Schedule, sample, shifted, uniform
+from flowkernels.ode import METHODS, Schedule, euler_step, sample, shifted, uniform
 
 CALLS = {"euler": 1, "ab2": 1, "heun": 2, "midpoint": 2, "rk4": 4}
 ORDER = {"euler": 1, "ab2": 2, "heun": 2, "midpoint": 2, "rk4": 4}
@@ -198,6 +198,28 @@ def test_large_states_written_over_are_seen_by_nobody(dtype):
     trajectory = sample(velocity, noise, uniform(4), return_trajectory=True, **options)
     assert torch.equal(trajectory[-1], x)
     assert not torch.equal(trajectory[2], x)
+
+
+def test_a_velocity_may_overwrite_its_guided_state_and_change_its_dtype():
+    labels = {"gain": torch.tensor([[1.0], [2.0], [0.5]])}
+    options = {"guidance": 2.0, "conditions": labels, "uncond": {"gain": torch.zeros(3, 1)}}
+    noise = torch.linspace(-1, 1, 3 * (1 << 18)).view(3, -1)
+
+    def plain(x, t, gain):
+        v = x * gain + t[:, None]
+        return v.bfloat16() if t[0] < 0.6 else v
+
+    def overwriting(x, t, gain):
+        dtype = torch.bfloat16 if t[0] < 0.6 else torch.float32
+        return x.mul_(gain).add_(t[:, None]).to(dtype)
+
+    expected = noise
+    for t in (1.0, 0.75, 0.5, 0.25):
+        times = torch.full((3,), t)
+        v, other = (plain(expected, times, each["gain"]) for each in (labels, options["uncond"]))
+        expected = euler_step(expected, v, -0.25, v_uncond=other, guidance=2.0)
+    for velocity in (plain, overwriting):
+        assert torch.equal(sample(velocity, noise, uniform(4), **options), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -96,12 +96,40 @@ def euler_step(
     else:
         arguments = (None, dt, guidance)
     if out is not None:
-        operators.euler_step_out(backend, x, v, v_uncond, *arguments, out)
+        operators.euler_step_out(backend, x, v, v_uncond, *arguments, out, None)
         written((out,))
         return out
     if differentiate:
         return apply(EulerStep, backend, x, v, v_uncond, *arguments)
     return operators.euler_step_forward(backend, x, v, v_uncond, *arguments)
+
+
+def guided_euler_step(
+    x: Tensor, v: Tensor, dt: float, guidance: float, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A guided step, and the batch that the next call of the velocity is on, in one pass.
+
+    Args:
+        x: [B, ...].
+        v: [2B, ...], the velocity with conditions, then the one without.
+        dt: As in :func:`euler_step`.
+        guidance: As there.
+        out: As there; None where x has to stay as it is.
+
+    Returns:
+        x' = ``euler_step(x, v[:B], dt, v_uncond=v[B:], guidance=guidance)`` and ``cat([x', x'])``.
+    """
+    batch = x.shape[0]
+    v_cond, v_uncond = v.split_with_sizes((batch, batch))
+    if alike(x, v_cond, v_uncond, out) and not torch.compiler.is_compiling():
+        backend = _library.choose("euler_step", x.device, True)
+        if backend != "reference" and not tracked(x, v):
+            out = torch.empty_like(x) if out is None else out
+            twice = torch.empty_like(v)
+            operators.euler_step_out(backend, x, v_cond, v_uncond, None, dt, guidance, out, twice)
+            return out, twice
+    x = euler_step(x, v_cond, dt, v_uncond=v_uncond, guidance=guidance)
+    return x, torch.cat((x, x))
 
 
 class EulerStep(FusedFunction):

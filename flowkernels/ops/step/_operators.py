@@ -17,7 +17,7 @@ def _forward_fake(x, v, v_uncond, dt, dt_value, guidance):  # type: ignore[no-un
     return x.new_empty(x.shape, dtype=result_dtype(x, v, v_uncond))
 
 
-def _out_fake(x, v, v_uncond, dt, dt_value, guidance, out):  # type: ignore[no-untyped-def]
+def _out_fake(x, v, v_uncond, dt, dt_value, guidance, out, twice):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -32,9 +32,10 @@ euler_step_forward = define(
     triton=_KERNELS + "euler_step_forward",
 )
 # `out` may be x itself: each element is read before it is written, by the thread that writes it.
+# `twice`, contiguous [2B, ...] in out's dtype, is written with out after out.
 euler_step_out = define(
     "euler_step_out",
-    f"({_STEP}, Tensor(a!) out) -> ()",
+    f"({_STEP}, Tensor(a!) out, Tensor(b!)? twice) -> ()",
     _out_fake,
     triton=_KERNELS + "euler_step_out",
 )

@@ -20,7 +20,7 @@ from flowkernels.ops.step.reference import result_dtype
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
 def _euler_step_kernel(
-    x, v, v_uncond, out, dt, dt_value, guidance, batch, elements, chunks,
+    x, v, v_uncond, out, twice, dt, dt_value, guidance, batch, elements, chunks,
     x_stride, v_stride, v_uncond_stride, out_stride, dt_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +31,11 @@ def _euler_step_kernel(
     if v_uncond is not None:
         uncond = load_tile(v_uncond, v_uncond_stride, rows, columns, mask)
         velocity = uncond + guidance * (velocity - uncond)
-    store_tile(out, out_stride, rows, columns, mask, state + step * velocity)
+    result = state + step * velocity
+    store_tile(out, out_stride, rows, columns, mask, result)
+    if twice is not None:
+        store_tile(twice, elements, rows, columns, mask, result)
+        store_tile(twice, elements, rows + batch, columns, mask, result)
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
@@ -49,7 +53,7 @@ def _euler_step_backward_kernel(
         store_tile(grad_v_uncond, elements, rows, columns, mask, (1.0 - guidance) * g)
 
 
-def euler_step_out(x, v, v_uncond, dt, dt_value, guidance, out):
+def euler_step_out(x, v, v_uncond, dt, dt_value, guidance, out, twice):
     tiles = tiles_of(x)
     launch(
         _euler_step_kernel,
@@ -58,6 +62,7 @@ def euler_step_out(x, v, v_uncond, dt, dt_value, guidance, out):
         v,
         v_uncond,
         out,
+        twice,
         dt,
         dt_value,
         guidance,
@@ -77,7 +82,7 @@ def euler_step_out(x, v, v_uncond, dt, dt_value, guidance, out):
 
 def euler_step_forward(x, v, v_uncond, dt, dt_value, guidance):
     out = x.new_empty(x.shape, dtype=result_dtype(x, v, v_uncond))
-    euler_step_out(x, v, v_uncond, dt, dt_value, guidance, out)
+    euler_step_out(x, v, v_uncond, dt, dt_value, guidance, out, None)
     return out
 
 

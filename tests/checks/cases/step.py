@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flowkernels.ode import euler_step, rk_combine
+from flowkernels.ops.step._euler import guided_euler_step
 from tests.checks.case import OpCase, bad, draw
 from tests.checks.cases.interpolate import (
     BENCHMARK_SHAPES,
@@ -24,24 +25,34 @@ def _inputs(shape, dtype, device, variant):
     if variant.startswith("vector"):
         inputs["dt"] = -times(shape, device)
     inputs["guidance"] = 3.5
+    if variant == "guided_pair":
+        inputs["pair"] = True
     return inputs
 
 
-def _truth(x, v, dt, v_uncond, guidance):
+def _step(x, v, dt, *, pair=False, v_uncond=None, guidance=1.0, **out):
+    """As the sampler's loop calls it where `pair`: the velocities in one tensor, two results."""
+    if pair:
+        return guided_euler_step(x, torch.cat([v, v_uncond]), dt, guidance, None)
+    return euler_step(x, v, dt, v_uncond=v_uncond, guidance=guidance, **out)
+
+
+def _truth(x, v, dt, v_uncond, guidance, pair=False):
     if isinstance(dt, torch.Tensor) and dt.dim() == 1:
         dt = dt.reshape(-1, *[1] * (x.dim() - 1))
     if v_uncond is not None:
         v = (1 - guidance) * v_uncond + guidance * v
-    return x + dt * v
+    result = x + dt * v
+    return (result, torch.cat([result, result])) if pair else result
 
 
 EULER_STEP = OpCase(
     name="euler_step",
-    function=euler_step,
+    function=_step,
     reference=_truth,
     make_inputs=_inputs,
     differentiable=("x", "v", "v_uncond"),
-    variants=("number", "vector_guided", "scalar_guided", "vector", "guided"),
+    variants=("number", "vector_guided", "scalar_guided", "vector", "guided_pair", "guided"),
     shapes=SAMPLE_SHAPES,
     benchmark_shapes=BENCHMARK_SHAPES,
     fixed=("dt",),
