@@ -90,6 +90,9 @@ class NativeBuild(build_ext):
             report["cpu"] = report["cuda"] = "FLOWKERNELS_NATIVE=0 when installed"
         else:
             self.build_all(package.resolve(), report)
+        for name, state in report.items():
+            if state != "built":  # an older build's would be loaded under newer Python
+                (library_dir / f"libflowkernels_{name}.so").unlink(missing_ok=True)
         (library_dir / "build.json").write_text(json.dumps(report, indent=1) + "\n")
 
     def build_all(self, package: Path, report: dict[str, str]) -> None:

@@ -38,7 +38,7 @@ FK_INLINE void pointwise_items(const PointwiseSum& a, int64_t begin, int64_t end
       for (int64_t i = 0; i < n; ++i) sum += function(widen(x[i]), slope[i]);
       total += sum;
       if (a.grad)
-        write<T>(a.grad, item.sample, first, scratch[2], n,
+        write<T>(a.extent, a.grad, item.sample, first, scratch[2], n,
                  [=](int64_t i) FK_INLINE_LAMBDA { return factor * slope[i]; });
     }
     a.partial[index] = total;

@@ -105,7 +105,7 @@ FK_INLINE void self_corrected_items(const SelfCorrected& a, int64_t begin, int64
                             consistency, bidirectional);
       }
       if (a.grad_v)
-        write<T>(a.grad_v, sample, first, scratch[6], n,
+        write<T>(a.extent, a.grad_v, sample, first, scratch[6], n,
                  [=](int64_t i) FK_INLINE_LAMBDA { return r[i]; });
     }
     a.consistency[index] = consistency;
@@ -162,10 +162,10 @@ FK_INLINE void pair_loss_items(const PairLoss& a, int64_t begin, int64_t end, co
       }
       total += sum;
       if (a.grad_x)
-        write<T>(a.grad_x, sample, first, scratch[3], n,
+        write<T>(a.extent, a.grad_x, sample, first, scratch[3], n,
                  [=](int64_t i) FK_INLINE_LAMBDA { return r[i]; });
       if (a.grad_y)
-        write<T>(a.grad_y, sample, first, scratch[3], n,
+        write<T>(a.extent, a.grad_y, sample, first, scratch[3], n,
                  [=](int64_t i) FK_INLINE_LAMBDA { return -r[i]; });
     }
     a.partial[index] = static_cast<double>(weight) * total;

@@ -1,7 +1,45 @@
 #include "losses.h"
 
+#include "loss_rows.h"
+
 namespace flowkernels {
 namespace {
+
+FK_INLINE BFloat16* halves(const View& view, int64_t sample, int64_t first) {
+  return view ? reinterpret_cast<BFloat16*>(element(view, sample, first)) : nullptr;
+}
+
+// Every gradient is a combination of d and e: weights of the two, for each output.
+struct Combination {
+  View output;
+  float of_d, of_e;
+};
+
+// The gradients that are wanted, from `first` on.
+template <int kCount>
+FK_INLINE void take_gradients(LossRow& row, const Combination (&outputs)[kCount], const Item& item,
+                              int64_t first) {
+  row.wanted = 0;
+  for (const Combination& each : outputs)
+    if (each.output)
+      row.gradients[row.wanted++] = {halves(each.output, item.sample, first), each.of_d, each.of_e};
+  for (int64_t k = 0; k < row.wanted; ++k)
+    row.stream &= reinterpret_cast<uintptr_t>(row.gradients[k].out) % 64 == 0;
+}
+
+// The sum of an item in the CPU's own instructions; `row_at` gives the operands from an element on.
+template <int kCount, class F>
+FK_INLINE double own_item(const LossExtent& extent, float (*sum)(const LossRow&, int64_t),
+                          const Combination (&outputs)[kCount], const Item& item, const F& row_at) {
+  double total = 0.0;
+  for (int64_t first = item.first; first < item.last; first += kBlock) {
+    LossRow row = row_at(first);
+    row.stream = streamed<BFloat16>(extent);
+    take_gradients(row, outputs, item, first);
+    total += sum(row, std::min(kBlock, item.last - first));
+  }
+  return total;
+}
 
 template <class T>
 FK_INLINE void flow_matching_items(const FlowMatching& a, int64_t begin, int64_t end) {
@@ -15,6 +53,21 @@ FK_INLINE void flow_matching_items(const FlowMatching& a, int64_t begin, int64_t
     const float factor =
         2.f * static_cast<float>(loss_scale(a.extent)) * value_of(a.weight, sample) * grad_output;
     const float inverse = 1.f / value_of(a.dt, sample);
+    if (std::is_same_v<T, BFloat16> && kLossRows) {
+      const Combination outputs[3] = {{a.grad_v, factor, 0.f},
+                                      {a.grad_x0, factor * inverse, 0.f},
+                                      {a.grad_noise, -factor * inverse, 0.f}};
+      a.partial[index] = own_item(a.extent, kLossRows->flow_matching, outputs, item,
+                                  [&](int64_t first) FK_INLINE_LAMBDA {
+                                    LossRow row{};
+                                    row.v = halves(a.v, sample, first);
+                                    row.x0 = halves(a.x0, sample, first);
+                                    row.noise = halves(a.noise, sample, first);
+                                    row.inverse = inverse;
+                                    return row;
+                                  });
+      continue;
+    }
     double total = 0.0;
     for (int64_t first = item.first; first < item.last; first += kStep) {
       const int64_t n = std::min(kStep, item.last - first);
@@ -30,13 +83,13 @@ FK_INLINE void flow_matching_items(const FlowMatching& a, int64_t begin, int64_t
       }
       total += sum;
       if (a.grad_v)
-        write<T>(a.grad_v, sample, first, scratch[4], n,
+        write<T>(a.extent, a.grad_v, sample, first, scratch[4], n,
                  [=](int64_t i) FK_INLINE_LAMBDA { return r[i]; });
       if (a.grad_x0)
-        write<T>(a.grad_x0, sample, first, scratch[4], n,
+        write<T>(a.extent, a.grad_x0, sample, first, scratch[4], n,
                  [=](int64_t i) FK_INLINE_LAMBDA { return inverse * r[i]; });
       if (a.grad_noise)
-        write<T>(a.grad_noise, sample, first, scratch[4], n,
+        write<T>(a.extent, a.grad_noise, sample, first, scratch[4], n,
                  [=](int64_t i) FK_INLINE_LAMBDA { return -inverse * r[i]; });
     }
     a.partial[index] = total;
@@ -80,24 +133,19 @@ FK_INLINE Guided<T> guided(const FGM& a, int64_t sample, int64_t first, float* u
           a.u_uncond ? typed<T>(a.u_uncond, sample, first, uncond_row, n) : nullptr, a.guidance};
 }
 
-// Every gradient is a combination of d and e: weights of the two, for each output.
-struct Combination {
-  View output;
-  float of_d, of_e;
-};
-
 template <class T>
-FK_INLINE void store_combination(const Combination& a, int64_t sample, int64_t first,
-                                 const float* d, const float* e, float* row, int64_t n) {
+FK_INLINE void store_combination(const LossExtent& extent, const Combination& a, int64_t sample,
+                                 int64_t first, const float* d, const float* e, float* row,
+                                 int64_t n) {
   const float of_d = a.of_d, of_e = a.of_e;
   if (of_d == 0.f)
-    write<T>(a.output, sample, first, row, n,
+    write<T>(extent, a.output, sample, first, row, n,
              [=](int64_t i) FK_INLINE_LAMBDA { return of_e * e[i]; });
   else if (of_e == 0.f)
-    write<T>(a.output, sample, first, row, n,
+    write<T>(extent, a.output, sample, first, row, n,
              [=](int64_t i) FK_INLINE_LAMBDA { return of_d * d[i]; });
   else
-    write<T>(a.output, sample, first, row, n,
+    write<T>(extent, a.output, sample, first, row, n,
              [=](int64_t i) FK_INLINE_LAMBDA { return of_d * d[i] + of_e * e[i]; });
 }
 
@@ -149,6 +197,21 @@ FK_INLINE void fgm_items(const FGM& a, int64_t begin, int64_t end, HasUncond has
       a.partial[index] = NAN;
       continue;
     }
+    if (std::is_same_v<T, BFloat16> && kLossRows) {
+      a.partial[index] =
+          own_item(a.extent, kLossRows->fgm, outputs, item, [&](int64_t first) FK_INLINE_LAMBDA {
+            LossRow row{};
+            row.v = halves(a.v, item.sample, first);
+            row.x0 = halves(a.x0, item.sample, first);
+            row.noise = halves(a.noise, item.sample, first);
+            row.u = halves(a.u, item.sample, first);
+            row.uncond = halves(a.u_uncond, item.sample, first);
+            row.guidance = a.guidance;
+            row.lam = lam;
+            return row;
+          });
+      continue;
+    }
     double total = 0.0;
     for (int64_t first = item.first; first < item.last; first += kStep) {
       const int64_t n = std::min(kStep, item.last - first);
@@ -167,7 +230,8 @@ FK_INLINE void fgm_items(const FGM& a, int64_t begin, int64_t end, HasUncond has
       }
       total += sum;
       for (const Combination& each : outputs)
-        if (each.output) store_combination<T>(each, item.sample, first, d, e, scratch[7], n);
+        if (each.output)
+          store_combination<T>(a.extent, each, item.sample, first, d, e, scratch[7], n);
     }
     a.partial[index] = total;
   }

@@ -54,6 +54,8 @@ struct NormBackward {
   int64_t rows_per_chunk;
 };
 
+FK_INLINE int64_t elements_of(const Extent& a) { return a.batch * a.rows * a.columns; }
+
 FK_INLINE int64_t chunks_per_batch(int64_t rows, int64_t rows_per_chunk) {
   return (rows + rows_per_chunk - 1) / rows_per_chunk;
 }

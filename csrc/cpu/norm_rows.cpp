@@ -1,43 +1,41 @@
 #include "norm_rows.h"
 
-#include "rows.h"
-
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
-
-#include <immintrin.h>
-
-#define FK_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#include "lanes.h"
 
 namespace flowkernels {
+
+#ifdef FK_HAS_LANES
 namespace {
 
-constexpr int64_t kLanes = 16, kChains = 4;
+// Elements whose mean is the pivot of a row's sums.
+constexpr int64_t kPivot = 2 * kPair;
 
-FK_AVX512_BF16 inline __m512 load(const uint16_t* source) {
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-// The instruction takes subnormal numbers for zeros and keeps the payload of a NaN; rows.h does
-// neither.
-FK_AVX512_BF16 inline bool differs(__m512 x) {
-  constexpr int kSubnormal = 0x20, kQuietNan = 0x01, kSignalingNan = 0x80;
-  return __builtin_expect(_mm512_fpclass_ps_mask(x, kSubnormal | kQuietNan | kSignalingNan), 0);
-}
-
-FK_AVX512_BF16 inline void store(__m512 x, uint16_t* target) {
-  if (differs(x)) {
-    alignas(64) float values[kLanes];
-    _mm512_store_ps(values, x);
-    for (int64_t i = 0; i < kLanes; ++i) target[i] = float_to_bfloat16(values[i]);
-  } else {
-    const __m256bh rounded = _mm512_cvtneps_pbh(x);
-    std::memcpy(target, &rounded, sizeof(rounded));
+template <bool stream, class T>
+FK_AVX512 inline void gated_row(const GatedRow& row, int64_t n) {
+  const T* residual = reinterpret_cast<const T*>(row.residual);
+  const T* branch = reinterpret_cast<const T*>(row.branch);
+  const T* gate = reinterpret_cast<const T*>(row.gate);
+  T *h = reinterpret_cast<T*>(row.h), *kept = reinterpret_cast<T*>(row.kept);
+  int64_t i = 0;
+  for (; i + kPair <= n; i += kPair) {
+    const Pair r = load(residual + i), x = load(branch + i), g = load(gate + i);
+    const Pair sum{_mm512_fmadd_ps(g.low, x.low, r.low), _mm512_fmadd_ps(g.high, x.high, r.high)};
+    store<stream>(sum, h + i);
+    if (stream && kept) store<false>(sum, kept + i);
+  }
+  for (; i < n; ++i) {
+    narrow(std::fma(widen(gate[i]), widen(branch[i]), widen(residual[i])), h[i]);
+    if (stream && kept) kept[i] = h[i];
   }
 }
 
+template <class T>
+FK_AVX512 void gated(const GatedRow& row, int64_t n) {
+  row.stream ? gated_row<true, T>(row, n) : gated_row<false, T>(row, n);
+}
+
 // Of the chains, then of their lanes in order.
-FK_AVX512_BF16 inline float sum_of(const __m512* chains) {
+FK_AVX512 inline float sum_of(const __m512* chains) {
   alignas(64) float lanes[kLanes];
   _mm512_store_ps(lanes, _mm512_add_ps(_mm512_add_ps(chains[0], chains[1]),
                                        _mm512_add_ps(chains[2], chains[3])));
@@ -46,92 +44,98 @@ FK_AVX512_BF16 inline float sum_of(const __m512* chains) {
   return sum;
 }
 
-FK_AVX512_BF16 float widen(const uint16_t* source, float* row, int64_t n) {
-  __m512 chains[kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= n; i += kChains * kLanes)
-    for (int64_t chain = 0; chain < kChains; ++chain) {
-      const int64_t at = i + chain * kLanes;
-      const __m512 x = load(source + at);
-      _mm512_storeu_ps(row + at, x);
-      chains[chain] = _mm512_add_ps(chains[chain], x);
-    }
-  float sum = sum_of(chains);
-  for (; i < n; ++i) sum += row[i] = bfloat16_to_float(source[i]);
-  return sum;
-}
-
-FK_AVX512_BF16 float gated(const uint16_t* residual, const uint16_t* branch, const uint16_t* gate,
-                           uint16_t* h, float* row, int64_t n) {
-  __m512 chains[kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= n; i += kChains * kLanes)
-    for (int64_t chain = 0; chain < kChains; ++chain) {
-      const int64_t at = i + chain * kLanes;
-      store(_mm512_fmadd_ps(load(gate + at), load(branch + at), load(residual + at)), h + at);
-      const __m512 x = load(h + at);
-      _mm512_storeu_ps(row + at, x);
-      chains[chain] = _mm512_add_ps(chains[chain], x);
-    }
-  float sum = sum_of(chains);
-  for (; i < n; ++i) {
-    h[i] = float_to_bfloat16(std::fma(bfloat16_to_float(gate[i]), bfloat16_to_float(branch[i]),
-                                      bfloat16_to_float(residual[i])));
-    sum += row[i] = bfloat16_to_float(h[i]);
+// The mean of the row's first elements. A variance taken about it in one sweep is as good as one
+// about the mean: the m of n elements alone make it (m / n) (mean - pivot)^2 at least, so what has
+// to be subtracted is at most n / m times what is left.
+template <class T>
+FK_AVX512 inline float pivot_of(const T* row, int64_t n) {
+  if (n >= kPivot) {
+    const Pair first = load(row), second = load(row + kPair);
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(first.low, first.high),
+                                              _mm512_add_ps(second.low, second.high))) /
+           kPivot;
   }
-  return sum;
+  float sum = 0.f;
+  for (int64_t i = 0; i < n; ++i) sum += widen(row[i]);
+  return sum / n;
 }
 
-FK_AVX512_BF16 inline __m512 normed_lanes(const NormedRow& row, int64_t i, __m512 mean,
-                                          __m512 rstd) {
-  const __m512 xhat = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row.h + i), mean), rstd);
-  return _mm512_fmadd_ps(xhat, _mm512_loadu_ps(row.multiplier + i),
-                         _mm512_loadu_ps(row.addend + i));
+template <class T>
+FK_AVX512 Moments moments(const char* source, int64_t n, bool centred) {
+  const T* row = reinterpret_cast<const T*>(source);
+  const float pivot = centred ? pivot_of(row, n) : 0.f;
+  const __m512 pivots = _mm512_set1_ps(pivot), ones = _mm512_set1_ps(1.f);
+  __m512 sums[4] = {}, squares[4] = {};
+  int64_t i = 0;
+  for (; i + 2 * kPair <= n; i += 2 * kPair)
+    for (int64_t k = 0; k < 4; k += 2) {
+      const Pair x = load(row + i + k * kLanes);
+      const __m512 low = _mm512_sub_ps(x.low, pivots), high = _mm512_sub_ps(x.high, pivots);
+      // By a multiplier's port: those of the additions are the ones in short supply.
+      sums[k] = _mm512_fmadd_ps(low, ones, sums[k]);
+      sums[k + 1] = _mm512_add_ps(sums[k + 1], high);
+      squares[k] = _mm512_fmadd_ps(low, low, squares[k]);
+      squares[k + 1] = _mm512_fmadd_ps(high, high, squares[k + 1]);
+    }
+  float sum = sum_of(sums), square = sum_of(squares);
+  for (; i < n; ++i) {
+    const float x = widen(row[i]) - pivot;
+    sum += x;
+    square += x * x;
+  }
+  if (!centred) return {0.f, square / n};
+  const float shift = sum / n, variance = square / n - shift * shift;
+  return {pivot + shift, variance < 0.f ? 0.f : variance};
 }
 
-FK_AVX512_BF16 void normed(const NormedRow& row, float mean, float rstd, uint16_t* y,
-                           const uint16_t* next) {
-  const NormedRow r = row;  // y could be its memory, for all that the compiler knows
+template <class T>
+FK_AVX512 void arrange(float* factors, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) return;
+  for (int64_t i = 0; i + kPair <= n; i += kPair) {
+    float odd[kLanes];
+    for (int64_t k = 0; k < kLanes; ++k) {
+      odd[k] = factors[i + 2 * k + 1];
+      factors[i + k] = factors[i + 2 * k];
+    }
+    std::memcpy(factors + i + kLanes, odd, sizeof(odd));
+  }
+}
+
+template <bool stream, class T>
+FK_AVX512 inline void normed_row(const NormedRow& row, int64_t n, float mean, float rstd) {
+  const T *x = reinterpret_cast<const T*>(row.x), *next = reinterpret_cast<const T*>(row.next);
+  const float *multiplier = row.multiplier, *addend = row.addend;
+  T* y = reinterpret_cast<T*>(row.y);
   const __m512 means = _mm512_set1_ps(mean), rstds = _mm512_set1_ps(rstd);
   int64_t i = 0;
-  for (; i + 2 * kLanes <= r.n; i += 2 * kLanes) {
-    __builtin_prefetch(next + i);  // a cache line; the other loops leave the memory idle
-    const __m512 low = normed_lanes(r, i, means, rstds);
-    const __m512 high = normed_lanes(r, i + kLanes, means, rstds);
-    if (differs(low) || differs(high)) {
-      store(low, y + i);
-      store(high, y + i + kLanes);
-    } else {
-      const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-      std::memcpy(y + i, &rounded, sizeof(rounded));
+  for (; i + kPair <= n; i += kPair) {
+    if constexpr (stream) {
+      __builtin_prefetch(next + i);
+      if constexpr (sizeof(T) == 4) __builtin_prefetch(next + i + kLanes);
     }
+    const Pair at = load(x + i), m = load(multiplier + i), a = load(addend + i);
+    const __m512 low = _mm512_mul_ps(_mm512_sub_ps(at.low, means), rstds);
+    const __m512 high = _mm512_mul_ps(_mm512_sub_ps(at.high, means), rstds);
+    store<stream>(Pair{_mm512_fmadd_ps(low, m.low, a.low), _mm512_fmadd_ps(high, m.high, a.high)},
+                  y + i);
   }
-  for (; i < r.n; ++i)
-    y[i] = float_to_bfloat16(std::fma((r.h[i] - mean) * rstd, r.multiplier[i], r.addend[i]));
+  for (; i < n; ++i) narrow(std::fma((widen(x[i]) - mean) * rstd, multiplier[i], addend[i]), y[i]);
 }
 
-constexpr NormRows kRows{widen, gated, normed};
-
-const NormRows* supported() {
-  __builtin_cpu_init();
-  const bool all = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("fma");
-  return all ? &kRows : nullptr;
+template <class T>
+FK_AVX512 void normed(const NormedRow& row, int64_t n, float mean, float rstd) {
+  row.stream ? normed_row<true, T>(row, n, mean, rstd) : normed_row<false, T>(row, n, mean, rstd);
 }
+
+template <class T>
+constexpr NormRows kRows{gated<T>, moments<T>, arrange<T>, normed<T>};
 
 }  // namespace
 
-const NormRows* const kNormRows = supported();
-
-}  // namespace flowkernels
-
+const NormRows* const kFloatNormRows = lanes_supported() ? &kRows<float> : nullptr;
+const NormRows* const kBFloat16NormRows = lanes_supported() ? &kRows<BFloat16> : nullptr;
 #else
-
-namespace flowkernels {
-
-const NormRows* const kNormRows = nullptr;
+const NormRows *const kFloatNormRows = nullptr, *const kBFloat16NormRows = nullptr;
+#endif
 
 }  // namespace flowkernels
-
-#endif

@@ -1,31 +1,43 @@
-// The loops of a norm's forward pass over bfloat16 rows, in the CPU's own instructions.
+// The loops of a norm's forward pass over rows of one dtype, in the CPU's own instructions.
 #pragma once
 
 #include <cstdint>
 
 namespace flowkernels {
 
-// A row of the norm's input and the affine map after it, `n` float32 each.
-struct NormedRow {
-  const float *h, *multiplier, *addend;
-  int64_t n;
+struct Moments {
+  float mean, variance;
 };
 
-// The same bits as the loops of modulate.cpp that they stand in for: sums in the order of its
-// `sum`, roundings as in rows.h.
+// h = residual + gate * branch, rounded. Results that no cache would hold are streamed past them
+// (64-byte aligned rows alone) and also go to `kept`, unless it is null, to be read back.
+struct GatedRow {
+  const char *residual, *branch, *gate;
+  char *h, *kept;
+  bool stream;
+};
+
+// y = (x - mean) * rstd * multiplier + addend. Where results are streamed the memory is asked for
+// the row that is read after this one while this one is written; it need not exist.
+struct NormedRow {
+  const char *x, *next;
+  const float *multiplier, *addend;  // arranged
+  char* y;
+  bool stream;
+};
+
+// Rows of n elements, float32 or bfloat16; each table serves one.
 struct NormRows {
-  // row = source as float32; its sum.
-  float (*widen)(const uint16_t* source, float* row, int64_t n);
-  // h = residual + gate * branch, rounded; row = h as float32; its sum.
-  float (*gated)(const uint16_t* residual, const uint16_t* branch, const uint16_t* gate,
-                 uint16_t* h, float* row, int64_t n);
-  // y = (h - mean) * rstd * multiplier + addend, rounded. The memory is asked for `next`, n
-  // elements that are read after this row; they need not exist.
-  void (*normed)(const NormedRow& row, float mean, float rstd, uint16_t* y, const uint16_t* next);
+  void (*gated)(const GatedRow& row, int64_t n);
+  // In one sweep. Where not `centred` the mean is 0 and the variance that about 0.
+  Moments (*moments)(const char* row, int64_t n, bool centred);
+  // Puts a row of factors into the order in which `normed` reads them.
+  void (*arrange)(float* factors, int64_t n);
+  void (*normed)(const NormedRow& row, int64_t n, float mean, float rstd);
 };
 
 // Null where the CPU or the compiler has no AVX-512 with bfloat16. What g++ 12 makes of the
-// portable loops takes some ten instructions to widen and to round sixteen elements.
-extern const NormRows* const kNormRows;
+// portable loops takes some ten instructions to widen and to round sixteen bfloat16 elements.
+extern const NormRows *const kFloatNormRows, *const kBFloat16NormRows;
 
 }  // namespace flowkernels

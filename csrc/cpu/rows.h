@@ -11,6 +11,10 @@
 #include <memory>
 #include <type_traits>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 // Compiled once per instruction set; the loader picks the best that the machine has. A build for
 // one machine (FLOWKERNELS_CPU=host) has one set, named to the compiler, and takes a third of the
 // time.
@@ -161,14 +165,44 @@ FK_INLINE const T* typed_row(const char* source, DType dtype, float* scratch, in
   return reinterpret_cast<const T*>(source);
 }
 
+// Where `stream` says so, rows that need no rounding pass through `scratch` too.
 template <class T>
-FK_INLINE T* typed_target(char* target, DType dtype, float* scratch) {
+FK_INLINE T* typed_target(char* target, DType dtype, float* scratch, bool stream = false) {
+  if (stream) return reinterpret_cast<T*>(scratch);
   if constexpr (std::is_same_v<T, float>) return target_row(target, dtype, scratch);
   return reinterpret_cast<T*>(target);
 }
 
+// From here on a result goes to memory past the caches, which would not hold it until it is read:
+// a store that goes through them reads what it is about to overwrite.
+constexpr int64_t kStreamedBytes = int64_t{16} << 20;
+
+FK_INLINE void stream_row(const void* source, char* target, int64_t bytes) {
+  int64_t i = 0;
+#ifdef __SSE2__
+  if (reinterpret_cast<uintptr_t>(target) % 16 == 0)
+    for (; i + 16 <= bytes; i += 16)
+      _mm_stream_si128(
+          reinterpret_cast<__m128i*>(target + i),
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(source) + i)));
+#endif
+  std::memcpy(target + i, static_cast<const char*>(source) + i, bytes - i);
+}
+
+// After rows that were streamed, before another thread reads them.
+FK_INLINE void finish_streams() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 template <class T>
-FK_INLINE void store_typed(const T* row, char* target, DType dtype, int64_t n) {
+FK_INLINE void store_typed(const T* row, char* target, DType dtype, int64_t n,
+                           bool stream = false) {
+  if (stream && (!std::is_same_v<T, float> || dtype == DType::float32)) {
+    stream_row(row, target, n * static_cast<int64_t>(sizeof(T)));
+    return;
+  }
   if constexpr (std::is_same_v<T, float>) store_row(row, target, dtype, n);
 }
 

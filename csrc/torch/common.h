@@ -100,8 +100,12 @@ void parallel(int64_t items, int64_t elements_per_item, const F& f) {
   constexpr int64_t kElementsPerTask = 65536;
   const int64_t grain =
       std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_item));
-  if (items <= grain) return f(int64_t{0}, items);  // the caller's own thread: no barrier
-  torch::stable::parallel_for(0, items, grain, f);
+  const auto range = [&](int64_t begin, int64_t end) {
+    f(begin, end);
+    finish_streams();
+  };
+  if (items <= grain) return range(0, items);  // the caller's own thread: no barrier
+  torch::stable::parallel_for(0, items, grain, range);
 }
 
 }  // namespace flowkernels

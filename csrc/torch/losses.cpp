@@ -100,12 +100,13 @@ void take_gradients(FGM& a, const Tensor& u, const Tensor& v, const Tensor& x0, 
 void run_forward(FGM& a) {
   const int64_t items = items_of(a.extent), grain = elements_per_item(a.extent);
   if (a.extent.chunks == 1) {
-    // One item is one sample: its normaliser and its loss while it is in the cache.
+    // One item is one sample: its normaliser, if any, and its loss while it is in the cache.
     parallel(items, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t sample = begin; sample < end; ++sample) {
-        if (a.sid) fgm_size(a, sample, sample + 1);
-        fgm_omega(a, sample, sample + 1);
-        fgm(a, sample, sample + 1);
+      const int64_t together = a.sid ? 1 : end - begin;
+      for (int64_t sample = begin; sample < end; sample += together) {
+        if (a.sid) fgm_size(a, sample, sample + together);
+        fgm_omega(a, sample, sample + together);
+        fgm(a, sample, sample + together);
       }
     });
     return;

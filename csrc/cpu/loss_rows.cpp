@@ -1,0 +1,106 @@
+#include "loss_rows.h"
+
+#include "lanes.h"
+
+namespace flowkernels {
+
+#ifdef FK_HAS_LANES
+namespace {
+
+FK_AVX512 inline Pair difference(const Pair& a, const Pair& b) {
+  return {_mm512_sub_ps(a.low, b.low), _mm512_sub_ps(a.high, b.high)};
+}
+
+// a + b * c
+FK_AVX512 inline Pair sum(const Pair& a, const Pair& b, __m512 c) {
+  return {_mm512_fmadd_ps(b.low, c, a.low), _mm512_fmadd_ps(b.high, c, a.high)};
+}
+
+FK_AVX512 inline Pair scaled(const Pair& a, __m512 c) {
+  return {_mm512_mul_ps(a.low, c), _mm512_mul_ps(a.high, c)};
+}
+
+struct Terms {
+  Pair d, e;
+};
+
+template <bool teacher, bool guided>
+FK_AVX512 inline Terms terms_at(const LossRow& r, int64_t i) {
+  const Pair v = load(r.v + i), target = difference(load(r.noise + i), load(r.x0 + i));
+  if constexpr (!teacher) {
+    return {sum(v, target, _mm512_set1_ps(-r.inverse)), Pair{}};
+  } else {
+    Pair u = load(r.u + i);
+    if constexpr (guided) {
+      const Pair uncond = load(r.uncond + i);
+      u = sum(uncond, difference(u, uncond), _mm512_set1_ps(r.guidance));
+    }
+    return {difference(u, v), difference(v, target)};
+  }
+}
+
+template <bool teacher, bool stream>
+FK_AVX512 inline void store_gradients(const LossRow& r, const Terms& at, int64_t i) {
+  for (int64_t k = 0; k < r.wanted; ++k) {
+    const GradientRow& gradient = r.gradients[k];
+    Pair value = scaled(at.d, _mm512_set1_ps(gradient.of_d));
+    if constexpr (teacher) value = sum(value, at.e, _mm512_set1_ps(gradient.of_e));
+    store<stream>(value, gradient.out + i);
+  }
+}
+
+template <bool teacher, bool guided, bool stream>
+FK_AVX512 inline float loop(const LossRow& row, int64_t n) {
+  const LossRow r = row;  // a gradient could be its memory, for all that the compiler knows
+  const __m512 two = _mm512_set1_ps(2.f), lam = _mm512_set1_ps(r.lam);
+  __m512 low = _mm512_setzero_ps(), high = low;
+  int64_t i = 0;
+  for (; i + kPair <= n; i += kPair) {
+    const Terms at = terms_at<teacher, guided>(r, i);
+    const Pair factor = teacher ? sum(scaled(at.e, two), at.d, lam) : at.d;
+    low = _mm512_fmadd_ps(at.d.low, factor.low, low);
+    high = _mm512_fmadd_ps(at.d.high, factor.high, high);
+    store_gradients<teacher, stream>(r, at, i);
+  }
+  float total = _mm512_reduce_add_ps(_mm512_add_ps(low, high));
+  for (; i < n; ++i) {
+    const float v = widen(r.v[i]), target = widen(r.noise[i]) - widen(r.x0[i]);
+    float d = v - target * r.inverse, e = 0.f;
+    if constexpr (teacher) {
+      float u = widen(r.u[i]);
+      if constexpr (guided) u = widen(r.uncond[i]) + r.guidance * (u - widen(r.uncond[i]));
+      d = u - v;
+      e = v - target;
+      total += d * (2.f * e + r.lam * d);
+    } else {
+      total += d * d;
+    }
+    for (int64_t k = 0; k < r.wanted; ++k) {
+      const GradientRow& gradient = r.gradients[k];
+      narrow(gradient.of_d * d + gradient.of_e * e, gradient.out[i]);
+    }
+  }
+  return total;
+}
+
+template <bool teacher, bool guided>
+FK_AVX512 float loop(const LossRow& row, int64_t n) {
+  return row.stream ? loop<teacher, guided, true>(row, n) : loop<teacher, guided, false>(row, n);
+}
+
+FK_AVX512 float flow_matching(const LossRow& row, int64_t n) { return loop<false, false>(row, n); }
+
+FK_AVX512 float fgm(const LossRow& row, int64_t n) {
+  return row.uncond ? loop<true, true>(row, n) : loop<true, false>(row, n);
+}
+
+constexpr LossRows kRows{flow_matching, fgm};
+
+}  // namespace
+
+const LossRows* const kLossRows = lanes_supported() ? &kRows : nullptr;
+#else
+const LossRows* const kLossRows = nullptr;
+#endif
+
+}  // namespace flowkernels
