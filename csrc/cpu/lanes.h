@@ -8,7 +8,12 @@
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #define FK_HAS_LANES 1
 
+// g++ 12 takes the undefined lanes in its own header for a mistake of ours.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #define FK_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
 
