@@ -44,9 +44,7 @@ FK_AVX512 inline float sum_of(const __m512* chains) {
   return sum;
 }
 
-// The mean of the row's first elements. A variance taken about it in one sweep is as good as one
-// about the mean: the m of n elements alone make it (m / n) (mean - pivot)^2 at least, so what has
-// to be subtracted is at most n / m times what is left.
+// The mean of the row's first elements.
 template <class T>
 FK_AVX512 inline float pivot_of(const T* row, int64_t n) {
   if (n >= kPivot) {
@@ -60,32 +58,63 @@ FK_AVX512 inline float pivot_of(const T* row, int64_t n) {
   return sum / n;
 }
 
+struct Sums {
+  float first, square;
+};
+
+struct Chains {
+  __m512 sums[4] = {}, squares[4] = {};
+};
+
+FK_AVX512 inline void add(const Pair& x, float pivot, Chains& chains, int64_t k) {
+  const __m512 pivots = _mm512_set1_ps(pivot);
+  const __m512 low = _mm512_sub_ps(x.low, pivots), high = _mm512_sub_ps(x.high, pivots);
+  // By a multiplier's port: those of the additions are the ones in short supply.
+  chains.sums[k] = _mm512_fmadd_ps(low, _mm512_set1_ps(1.f), chains.sums[k]);
+  chains.sums[k + 1] = _mm512_add_ps(chains.sums[k + 1], high);
+  chains.squares[k] = _mm512_fmadd_ps(low, low, chains.squares[k]);
+  chains.squares[k + 1] = _mm512_fmadd_ps(high, high, chains.squares[k + 1]);
+}
+
+// Sums of x - pivot and of its square.
+template <class T>
+FK_AVX512 inline Sums sums_about(float pivot, const T* row, int64_t n) {
+  Chains chains;
+  int64_t i = 0;
+  for (; i + 2 * kPair <= n; i += 2 * kPair) {
+    add(load(row + i), pivot, chains, 0);
+    add(load(row + i + kPair), pivot, chains, 2);
+  }
+  if (i + kPair <= n) {
+    add(load(row + i), pivot, chains, 0);
+    i += kPair;
+  }
+  Sums total{sum_of(chains.sums), sum_of(chains.squares)};
+  for (; i < n; ++i) {
+    const float x = widen(row[i]) - pivot;
+    total.first += x;
+    total.square += x * x;
+  }
+  return total;
+}
+
+// A variance taken about a pivot is as good as one about the mean where the two are near. Where
+// they are not, a second sweep about the mean found makes it so.
 template <class T>
 FK_AVX512 Moments moments(const char* source, int64_t n, bool centred) {
   const T* row = reinterpret_cast<const T*>(source);
-  const float pivot = centred ? pivot_of(row, n) : 0.f;
-  const __m512 pivots = _mm512_set1_ps(pivot), ones = _mm512_set1_ps(1.f);
-  __m512 sums[4] = {}, squares[4] = {};
-  int64_t i = 0;
-  for (; i + 2 * kPair <= n; i += 2 * kPair)
-    for (int64_t k = 0; k < 4; k += 2) {
-      const Pair x = load(row + i + k * kLanes);
-      const __m512 low = _mm512_sub_ps(x.low, pivots), high = _mm512_sub_ps(x.high, pivots);
-      // By a multiplier's port: those of the additions are the ones in short supply.
-      sums[k] = _mm512_fmadd_ps(low, ones, sums[k]);
-      sums[k + 1] = _mm512_add_ps(sums[k + 1], high);
-      squares[k] = _mm512_fmadd_ps(low, low, squares[k]);
-      squares[k + 1] = _mm512_fmadd_ps(high, high, squares[k + 1]);
-    }
-  float sum = sum_of(sums), square = sum_of(squares);
-  for (; i < n; ++i) {
-    const float x = widen(row[i]) - pivot;
-    sum += x;
-    square += x * x;
+  float mean = centred ? pivot_of(row, n) : 0.f;
+  Sums sums = sums_about(mean, row, n);
+  if (!centred) return {0.f, sums.square / n};
+  float shift = sums.first / n, variance = sums.square / n - shift * shift;
+  mean += shift;
+  if (shift * shift > 4.f * variance) {
+    sums = sums_about(mean, row, n);
+    shift = sums.first / n;
+    variance = sums.square / n - shift * shift;
+    mean += shift;
   }
-  if (!centred) return {0.f, square / n};
-  const float shift = sum / n, variance = square / n - shift * shift;
-  return {pivot + shift, variance < 0.f ? 0.f : variance};
+  return {mean, variance < 0.f ? 0.f : variance};
 }
 
 template <class T>

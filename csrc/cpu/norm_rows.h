@@ -29,7 +29,7 @@ struct NormedRow {
 // Rows of n elements, float32 or bfloat16; each table serves one.
 struct NormRows {
   void (*gated)(const GatedRow& row, int64_t n);
-  // In one sweep. Where not `centred` the mean is 0 and the variance that about 0.
+  // In one sweep of most rows. Where not `centred` the mean is 0 and the variance that about 0.
   Moments (*moments)(const char* row, int64_t n, bool centred);
   // Puts a row of factors into the order in which `normed` reads them.
   void (*arrange)(float* factors, int64_t n);

@@ -125,7 +125,7 @@ def guided_euler_step(
         backend = _library.choose("euler_step", x.device, True)
         if backend != "reference" and not tracked(x, v):
             out = torch.empty_like(x) if out is None else out
-            twice = torch.empty_like(v)
+            twice = v.new_empty(v.shape)  # contiguous, which v may not be
             operators.euler_step_out(backend, x, v_cond, v_uncond, None, dt, guidance, out, twice)
             return out, twice
     x = euler_step(x, v_cond, dt, v_uncond=v_uncond, guidance=guidance)
