@@ -174,6 +174,11 @@ FK_INLINE void fgm_size_items(const FGM& a, int64_t begin, int64_t end, HasUncon
   }
 }
 
+// Elements that fgm takes at a time, of its up to five operands and five gradients. Measured with
+// three float32 gradients, forward and backward: at 32x4x32x32 blocks of 128 take 151 us, of 256
+// 157 us, of 1024 160 us; at 16x16x128x128 128 and 256 2.1 ms, 1024 3.3 ms.
+constexpr int64_t kShortStep = 128;
+
 template <class T, class HasUncond>
 FK_INLINE void fgm_items(const FGM& a, int64_t begin, int64_t end, HasUncond has_uncond) {
   Scratch scratch(8, kStep);
@@ -213,8 +218,8 @@ FK_INLINE void fgm_items(const FGM& a, int64_t begin, int64_t end, HasUncond has
       continue;
     }
     double total = 0.0;
-    for (int64_t first = item.first; first < item.last; first += kStep) {
-      const int64_t n = std::min(kStep, item.last - first);
+    for (int64_t first = item.first; first < item.last; first += kShortStep) {
+      const int64_t n = std::min(kShortStep, item.last - first);
       const Guided<T> u = guided<T>(a, item.sample, first, scratch[0], scratch[1], n);
       const T* v = typed<T>(a.v, item.sample, first, scratch[2], n);
       const T* x0 = typed<T>(a.x0, item.sample, first, scratch[3], n);
