@@ -10,6 +10,7 @@ import torch
 import flowkernels
 from flowkernels.ode import euler_step
 from flowkernels.ops import _library
+from flowkernels.ops.step._euler import guided_euler_step
 from tests.checks import OpChecks
 from tests.checks.cases import step as cases
 from tests.checks.contexts import interpretable
@@ -111,3 +112,16 @@ def test_dt_may_ask_for_a_gradient(backend, operands):
     with flowkernels.backend(backend):
         euler_step(x, v, dt, v_uncond=v_uncond, guidance=2.0).sum().backward()
     torch.testing.assert_close(dt.grad, (2 * v - v_uncond).sum(1), rtol=1e-5, atol=1e-4)
+
+
+@interpretable
+@BACKENDS
+def test_the_next_batch_is_contiguous_whatever_the_velocity_is(backend):
+    """Overlapping windows of one row: each half is contiguous, the two together are not."""
+    x, v = torch.arange(8.0)[None], torch.arange(9.0).as_strided((2, 8), (1, 1))
+    with flowkernels.backend(backend):
+        found, twice = guided_euler_step(x, v, -0.5, 3.0, None)
+    expected = x - 0.5 * (v[1:] + 3.0 * (v[:1] - v[1:]))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(twice, torch.cat([found, found]))
+    assert twice.is_contiguous()
