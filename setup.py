@@ -93,6 +93,9 @@ class NativeBuild(build_ext):
         for name, state in report.items():
             if state != "built":  # an older build's would be loaded under newer Python
                 (library_dir / f"libflowkernels_{name}.so").unlink(missing_ok=True)
+        if report["cpu"] != "built":
+            for routines in package.glob("_C.*"):
+                routines.unlink()
         (library_dir / "build.json").write_text(json.dumps(report, indent=1) + "\n")
 
     def build_all(self, package: Path, report: dict[str, str]) -> None:

@@ -121,11 +121,12 @@ def guided_euler_step(
     """
     batch = x.shape[0]
     v_cond, v_uncond = v.split_with_sizes((batch, batch))
-    if alike(x, v_cond, v_uncond, out) and not torch.compiler.is_compiling():
+    # Halves of one sample may each be contiguous where v is not, and `twice` takes v's strides.
+    if alike(x, v_cond, v_uncond, out) and v.is_contiguous() and not torch.compiler.is_compiling():
         backend = _library.choose("euler_step", x.device, True)
         if backend != "reference" and not tracked(x, v):
             out = torch.empty_like(x) if out is None else out
-            twice = v.new_empty(v.shape)  # contiguous, which v may not be
+            twice = torch.empty_like(v)
             operators.euler_step_out(backend, x, v_cond, v_uncond, None, dt, guidance, out, twice)
             return out, twice
     x = euler_step(x, v_cond, dt, v_uncond=v_uncond, guidance=guidance)
