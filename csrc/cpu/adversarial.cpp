@@ -60,7 +60,7 @@ FK_INLINE void pointwise_function(const PointwiseSum& a, int64_t begin, int64_t 
 }  // namespace
 
 FK_CLONES void pointwise_sum(const PointwiseSum& a, int64_t begin, int64_t end) {
-  if (all_bfloat16(a.x, a.grad))
+  if (all_of<BFloat16>(a.x, a.grad))
     pointwise_function<BFloat16>(a, begin, end);
   else
     pointwise_function<float>(a, begin, end);

@@ -80,7 +80,7 @@ FK_INLINE void contrastive_items(const Contrastive& a, int64_t begin, int64_t en
 
 // grad_v = 2 · scale · weight · grad_output · ((v - u) - lam (v - ũ))
 FK_CLONES void contrastive(const Contrastive& a, int64_t begin, int64_t end) {
-  if (all_bfloat16(a.v, a.x0, a.noise, a.grad_v))
+  if (all_of<BFloat16>(a.v, a.x0, a.noise, a.grad_v))
     contrastive_items<BFloat16>(a, begin, end);
   else
     contrastive_items<float>(a, begin, end);

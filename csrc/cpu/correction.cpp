@@ -119,7 +119,7 @@ FK_INLINE void self_corrected_items(const SelfCorrected& a, int64_t begin, int64
 //   grad_v = -t scale (d_con / s_con + lam_bi d_bi / s_bi)
 // since v has the factor -t in both, in either case of d_con.
 FK_CLONES void self_corrected(const SelfCorrected& a, int64_t begin, int64_t end) {
-  if (all_bfloat16(a.v, a.v_teacher, a.v_post, a.v_prev, a.x0, a.noise, a.grad_v))
+  if (all_of<BFloat16>(a.v, a.v_teacher, a.v_post, a.v_prev, a.x0, a.noise, a.grad_v))
     self_corrected_items<BFloat16>(a, begin, end);
   else if (all_float16(a.v, a.v_teacher, a.v_post, a.v_prev, a.x0, a.noise, a.grad_v))
     self_corrected_items<Float16>(a, begin, end);
@@ -174,7 +174,7 @@ FK_INLINE void pair_loss_items(const PairLoss& a, int64_t begin, int64_t end, co
 
 template <class Loss>
 FK_INLINE void pair_loss_typed(const PairLoss& a, int64_t begin, int64_t end, const Loss& loss) {
-  if (all_bfloat16(a.x, a.y, a.grad_x, a.grad_y))
+  if (all_of<BFloat16>(a.x, a.y, a.grad_x, a.grad_y))
     pair_loss_items<BFloat16>(a, begin, end, loss);
   else if (all_float16(a.x, a.y, a.grad_x, a.grad_y))
     pair_loss_items<Float16>(a, begin, end, loss);

@@ -146,7 +146,7 @@ FK_INLINE void forward_piece(const Heads& a, const HeadsPiece& p, const Rounding
 
 // Elements go two by two in bfloat16: heads of an odd width go through float32.
 FK_INLINE bool in_bfloat16(const Heads& a, const HeadsPiece& p) {
-  return a.head_dim % 2 == 0 && all_bfloat16(p.input, p.joint, p.grad);
+  return a.head_dim % 2 == 0 && all_of<BFloat16>(p.input, p.joint, p.grad);
 }
 
 // f(piece, begin, end) for the part of [begin, end) that falls on each piece's items.

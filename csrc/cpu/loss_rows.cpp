@@ -24,8 +24,8 @@ struct Terms {
   Pair d, e;
 };
 
-template <bool teacher, bool guided>
-FK_AVX512 inline Terms terms_at(const LossRow& r, int64_t i) {
+template <bool teacher, bool guided, class T>
+FK_AVX512 inline Terms terms_at(const LossRow<T>& r, int64_t i) {
   const Pair v = load(r.v + i), target = difference(load(r.noise + i), load(r.x0 + i));
   if constexpr (!teacher) {
     return {sum(v, target, _mm512_set1_ps(-r.inverse)), Pair{}};
@@ -39,19 +39,19 @@ FK_AVX512 inline Terms terms_at(const LossRow& r, int64_t i) {
   }
 }
 
-template <bool teacher, bool stream>
-FK_AVX512 inline void store_gradients(const LossRow& r, const Terms& at, int64_t i) {
+template <bool teacher, bool stream, class T>
+FK_AVX512 inline void store_gradients(const LossRow<T>& r, const Terms& at, int64_t i) {
   for (int64_t k = 0; k < r.wanted; ++k) {
-    const GradientRow& gradient = r.gradients[k];
+    const GradientRow<T>& gradient = r.gradients[k];
     Pair value = scaled(at.d, _mm512_set1_ps(gradient.of_d));
     if constexpr (teacher) value = sum(value, at.e, _mm512_set1_ps(gradient.of_e));
     store<stream>(value, gradient.out + i);
   }
 }
 
-template <bool teacher, bool guided, bool stream>
-FK_AVX512 inline float loop(const LossRow& row, int64_t n) {
-  const LossRow r = row;  // a gradient could be its memory, for all that the compiler knows
+template <bool teacher, bool guided, bool stream, class T>
+FK_AVX512 inline float loop(const LossRow<T>& row, int64_t n) {
+  const LossRow<T> r = row;  // a gradient could be its memory, for all that the compiler knows
   const __m512 two = _mm512_set1_ps(2.f), lam = _mm512_set1_ps(r.lam);
   __m512 low = _mm512_setzero_ps(), high = low;
   int64_t i = 0;
@@ -76,31 +76,46 @@ FK_AVX512 inline float loop(const LossRow& row, int64_t n) {
       total += d * d;
     }
     for (int64_t k = 0; k < r.wanted; ++k) {
-      const GradientRow& gradient = r.gradients[k];
+      const GradientRow<T>& gradient = r.gradients[k];
       narrow(gradient.of_d * d + gradient.of_e * e, gradient.out[i]);
     }
   }
   return total;
 }
 
-template <bool teacher, bool guided>
-FK_AVX512 float loop(const LossRow& row, int64_t n) {
+template <bool teacher, bool guided, class T>
+FK_AVX512 float loop(const LossRow<T>& row, int64_t n) {
   return row.stream ? loop<teacher, guided, true>(row, n) : loop<teacher, guided, false>(row, n);
 }
 
-FK_AVX512 float flow_matching(const LossRow& row, int64_t n) { return loop<false, false>(row, n); }
+template <class T>
+FK_AVX512 float flow_matching(const LossRow<T>& row, int64_t n) {
+  return loop<false, false>(row, n);
+}
 
-FK_AVX512 float fgm(const LossRow& row, int64_t n) {
+template <class T>
+FK_AVX512 float fgm(const LossRow<T>& row, int64_t n) {
   return row.uncond ? loop<true, true>(row, n) : loop<true, false>(row, n);
 }
 
-constexpr LossRows kRows{flow_matching, fgm};
+template <class T>
+constexpr LossRows<T> kRows{flow_matching<T>, fgm<T>};
 
 }  // namespace
 
-const LossRows* const kLossRows = lanes_supported() ? &kRows : nullptr;
+template <class T>
+const LossRows<T>* loss_rows() {
+  static const bool supported = lanes_supported();
+  return supported ? &kRows<T> : nullptr;
+}
 #else
-const LossRows* const kLossRows = nullptr;
+template <class T>
+const LossRows<T>* loss_rows() {
+  return nullptr;
+}
 #endif
+
+template const LossRows<float>* loss_rows();
+template const LossRows<BFloat16>* loss_rows();
 
 }  // namespace flowkernels

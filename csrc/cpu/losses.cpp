@@ -5,8 +5,9 @@
 namespace flowkernels {
 namespace {
 
-FK_INLINE BFloat16* halves(const View& view, int64_t sample, int64_t first) {
-  return view ? reinterpret_cast<BFloat16*>(element(view, sample, first)) : nullptr;
+template <class T>
+FK_INLINE T* in_place(const View& view, int64_t sample, int64_t first) {
+  return view ? reinterpret_cast<T*>(element(view, sample, first)) : nullptr;
 }
 
 // Every gradient is a combination of d and e: weights of the two, for each output.
@@ -16,25 +17,26 @@ struct Combination {
 };
 
 // The gradients that are wanted, from `first` on.
-template <int kCount>
-FK_INLINE void take_gradients(LossRow& row, const Combination (&outputs)[kCount], const Item& item,
-                              int64_t first) {
+template <class T, int kCount>
+FK_INLINE void take_gradients(LossRow<T>& row, const Combination (&outputs)[kCount],
+                              const Item& item, int64_t first) {
   row.wanted = 0;
   for (const Combination& each : outputs)
     if (each.output)
-      row.gradients[row.wanted++] = {halves(each.output, item.sample, first), each.of_d, each.of_e};
+      row.gradients[row.wanted++] = {in_place<T>(each.output, item.sample, first), each.of_d,
+                                     each.of_e};
   for (int64_t k = 0; k < row.wanted; ++k)
     row.stream &= reinterpret_cast<uintptr_t>(row.gradients[k].out) % 64 == 0;
 }
 
 // The sum of an item in the CPU's own instructions; `row_at` gives the operands from an element on.
-template <int kCount, class F>
-FK_INLINE double own_item(const LossExtent& extent, float (*sum)(const LossRow&, int64_t),
+template <class T, int kCount, class F>
+FK_INLINE double own_item(const LossExtent& extent, float (*sum)(const LossRow<T>&, int64_t),
                           const Combination (&outputs)[kCount], const Item& item, const F& row_at) {
   double total = 0.0;
   for (int64_t first = item.first; first < item.last; first += kBlock) {
-    LossRow row = row_at(first);
-    row.stream = streamed<BFloat16>(extent);
+    LossRow<T> row = row_at(first);
+    row.stream = streamed<T>(extent);
     take_gradients(row, outputs, item, first);
     total += sum(row, std::min(kBlock, item.last - first));
   }
@@ -42,7 +44,8 @@ FK_INLINE double own_item(const LossExtent& extent, float (*sum)(const LossRow&,
 }
 
 template <class T>
-FK_INLINE void flow_matching_items(const FlowMatching& a, int64_t begin, int64_t end) {
+FK_INLINE void flow_matching_items(const FlowMatching& a, const LossRows<T>* own, int64_t begin,
+                                   int64_t end) {
   Scratch scratch(5, kStep);
   float* r = scratch[3];
   for (int64_t index = begin; index < end; ++index) {
@@ -53,16 +56,16 @@ FK_INLINE void flow_matching_items(const FlowMatching& a, int64_t begin, int64_t
     const float factor =
         2.f * static_cast<float>(loss_scale(a.extent)) * value_of(a.weight, sample) * grad_output;
     const float inverse = 1.f / value_of(a.dt, sample);
-    if (std::is_same_v<T, BFloat16> && kLossRows) {
+    if (own) {
       const Combination outputs[3] = {{a.grad_v, factor, 0.f},
                                       {a.grad_x0, factor * inverse, 0.f},
                                       {a.grad_noise, -factor * inverse, 0.f}};
-      a.partial[index] = own_item(a.extent, kLossRows->flow_matching, outputs, item,
+      a.partial[index] = own_item(a.extent, own->flow_matching, outputs, item,
                                   [&](int64_t first) FK_INLINE_LAMBDA {
-                                    LossRow row{};
-                                    row.v = halves(a.v, sample, first);
-                                    row.x0 = halves(a.x0, sample, first);
-                                    row.noise = halves(a.noise, sample, first);
+                                    LossRow<T> row{};
+                                    row.v = in_place<T>(a.v, sample, first);
+                                    row.x0 = in_place<T>(a.x0, sample, first);
+                                    row.noise = in_place<T>(a.noise, sample, first);
                                     row.inverse = inverse;
                                     return row;
                                   });
@@ -96,16 +99,21 @@ FK_INLINE void flow_matching_items(const FlowMatching& a, int64_t begin, int64_t
   }
 }
 
+template <class T>
+FK_INLINE bool all_of(const FlowMatching& a) {
+  return all_of<T>(a.v, a.x0, a.noise, a.grad_v, a.grad_x0, a.grad_noise);
+}
+
 }  // namespace
 
 // With r = v - (noise - x0) / dt (dt is 1 where there is none) and
 // c = 2 · scale · weight · grad_output:
 //   grad_v = c r     grad_x0 = c r / dt     grad_noise = -c r / dt
 FK_CLONES void flow_matching(const FlowMatching& a, int64_t begin, int64_t end) {
-  if (all_bfloat16(a.v, a.x0, a.noise, a.grad_v, a.grad_x0, a.grad_noise))
-    flow_matching_items<BFloat16>(a, begin, end);
+  if (all_of<BFloat16>(a))
+    flow_matching_items(a, loss_rows<BFloat16>(), begin, end);
   else
-    flow_matching_items<float>(a, begin, end);
+    flow_matching_items(a, all_of<float>(a) ? loss_rows<float>() : nullptr, begin, end);
 }
 
 void flow_matching_total(const FlowMatching& a, float* loss) {
@@ -180,7 +188,8 @@ FK_INLINE void fgm_size_items(const FGM& a, int64_t begin, int64_t end, HasUncon
 constexpr int64_t kShortStep = 128;
 
 template <class T, class HasUncond>
-FK_INLINE void fgm_items(const FGM& a, int64_t begin, int64_t end, HasUncond has_uncond) {
+FK_INLINE void fgm_items(const FGM& a, const LossRows<T>* own, int64_t begin, int64_t end,
+                         HasUncond has_uncond) {
   Scratch scratch(8, kStep);
   float* d = scratch[5];
   float* e = scratch[6];
@@ -202,15 +211,15 @@ FK_INLINE void fgm_items(const FGM& a, int64_t begin, int64_t end, HasUncond has
       a.partial[index] = NAN;
       continue;
     }
-    if (std::is_same_v<T, BFloat16> && kLossRows) {
+    if (own) {
       a.partial[index] =
-          own_item(a.extent, kLossRows->fgm, outputs, item, [&](int64_t first) FK_INLINE_LAMBDA {
-            LossRow row{};
-            row.v = halves(a.v, item.sample, first);
-            row.x0 = halves(a.x0, item.sample, first);
-            row.noise = halves(a.noise, item.sample, first);
-            row.u = halves(a.u, item.sample, first);
-            row.uncond = halves(a.u_uncond, item.sample, first);
+          own_item(a.extent, own->fgm, outputs, item, [&](int64_t first) FK_INLINE_LAMBDA {
+            LossRow<T> row{};
+            row.v = in_place<T>(a.v, item.sample, first);
+            row.x0 = in_place<T>(a.x0, item.sample, first);
+            row.noise = in_place<T>(a.noise, item.sample, first);
+            row.u = in_place<T>(a.u, item.sample, first);
+            row.uncond = in_place<T>(a.u_uncond, item.sample, first);
             row.guidance = a.guidance;
             row.lam = lam;
             return row;
@@ -242,17 +251,18 @@ FK_INLINE void fgm_items(const FGM& a, int64_t begin, int64_t end, HasUncond has
   }
 }
 
-FK_INLINE bool all_bfloat16(const FGM& a) {
-  return all_bfloat16(a.u, a.v, a.x0, a.noise, a.u_uncond, a.grad_u, a.grad_v, a.grad_x0,
-                      a.grad_noise, a.grad_u_uncond);
+template <class T>
+FK_INLINE bool all_of(const FGM& a) {
+  return all_of<T>(a.u, a.v, a.x0, a.noise, a.u_uncond, a.grad_u, a.grad_v, a.grad_x0, a.grad_noise,
+                   a.grad_u_uncond);
 }
 
 }  // namespace
 
 FK_CLONES void fgm_size(const FGM& a, int64_t begin, int64_t end) {
-  if (all_bfloat16(a) && a.u_uncond)
+  if (all_of<BFloat16>(a) && a.u_uncond)
     fgm_size_items<BFloat16>(a, begin, end, std::true_type{});
-  else if (all_bfloat16(a))
+  else if (all_of<BFloat16>(a))
     fgm_size_items<BFloat16>(a, begin, end, std::false_type{});
   else if (a.u_uncond)
     fgm_size_items<float>(a, begin, end, std::true_type{});
@@ -276,14 +286,15 @@ void fgm_omega(const FGM& a, int64_t begin, int64_t end) {
 //   ∂u = ω (2λ d + 2 e), ∂u_cond = guidance ∂u, ∂u_uncond = (1 - guidance) ∂u
 //   ∂v = ω (2(1-λ) d - 2 e)      ∂x0 = 2ω d      ∂noise = -2ω d
 FK_CLONES void fgm(const FGM& a, int64_t begin, int64_t end) {
-  if (all_bfloat16(a) && a.u_uncond)
-    fgm_items<BFloat16>(a, begin, end, std::true_type{});
-  else if (all_bfloat16(a))
-    fgm_items<BFloat16>(a, begin, end, std::false_type{});
+  const LossRows<float>* own = all_of<float>(a) ? loss_rows<float>() : nullptr;
+  if (all_of<BFloat16>(a) && a.u_uncond)
+    fgm_items(a, loss_rows<BFloat16>(), begin, end, std::true_type{});
+  else if (all_of<BFloat16>(a))
+    fgm_items(a, loss_rows<BFloat16>(), begin, end, std::false_type{});
   else if (a.u_uncond)
-    fgm_items<float>(a, begin, end, std::true_type{});
+    fgm_items(a, own, begin, end, std::true_type{});
   else
-    fgm_items<float>(a, begin, end, std::false_type{});
+    fgm_items(a, own, begin, end, std::false_type{});
 }
 
 int32_t fgm_total(const FGM& a, float* loss) {

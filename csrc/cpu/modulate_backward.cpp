@@ -227,7 +227,7 @@ FK_INLINE void backward_chunks(const NormBackward& a, int64_t begin, int64_t end
 }  // namespace
 
 FK_CLONES void norm_backward(const NormBackward& a, int64_t begin, int64_t end) {
-  if (all_bfloat16(a.grad_y, a.grad_h, a.h, a.branch, a.gate, a.grad_input, a.grad_branch))
+  if (all_of<BFloat16>(a.grad_y, a.grad_h, a.h, a.branch, a.gate, a.grad_input, a.grad_branch))
     backward_chunks<BFloat16>(a, begin, end);
   else
     backward_chunks<float>(a, begin, end);

@@ -206,10 +206,13 @@ FK_INLINE void store_typed(const T* row, char* target, DType dtype, int64_t n,
   if constexpr (std::is_same_v<T, float>) store_row(row, target, dtype, n);
 }
 
-// Whether every operand that is there is bfloat16.
-template <class... Views>
-FK_INLINE bool all_bfloat16(const Views&... views) {
-  return ((!views || views.dtype == DType::bfloat16) && ...);
+// Whether every operand that is there is of this type.
+template <class T, class... Views>
+FK_INLINE bool all_of(const Views&... views) {
+  constexpr DType kType = std::is_same_v<T, float>      ? DType::float32
+                          : std::is_same_v<T, BFloat16> ? DType::bfloat16
+                                                        : DType::float16;
+  return ((!views || views.dtype == kType) && ...);
 }
 
 // A value after rounding to `dtype`, as the next reader of the stored tensor will see it.
