@@ -52,6 +52,13 @@ def find_torch() -> Path:
     raise RuntimeError("no torch >= 2.11 in this environment (install torch first)")
 
 
+def torch_version() -> str:
+    """``torch.__version__`` of the torch on disk."""
+    text = (find_torch() / "version.py").read_text()
+    found = re.search(r"^__version__ *= *'([^']+)'", text, re.M)
+    return found[1] if found else "unknown"
+
+
 def torch_has_cuda() -> bool:
     """Whether the torch on disk could load a CUDA library."""
     return re.search(r"^cuda\b.*= *'", (find_torch() / "version.py").read_text(), re.M) is not None
@@ -85,16 +92,16 @@ class NativeBuild(build_ext):
         package = ROOT / "flowkernels" if self.inplace else Path(self.build_lib) / "flowkernels"
         library_dir = package.resolve() / "_lib"
         library_dir.mkdir(parents=True, exist_ok=True)
-        report = {"cpu": "", "cuda": ""}
+        report = {"cpu": "", "cuda": "", "nodes": ""}
         if choice("FLOWKERNELS_NATIVE") == "0":
-            report["cpu"] = report["cuda"] = "FLOWKERNELS_NATIVE=0 when installed"
+            report = dict.fromkeys(report, "FLOWKERNELS_NATIVE=0 when installed")
         else:
             self.build_all(package.resolve(), report)
-        for name, state in report.items():
-            if state != "built":  # an older build's would be loaded under newer Python
+        for name in ("cpu", "cuda"):
+            if report[name] != "built":  # an older build's would be loaded under newer Python
                 (library_dir / f"libflowkernels_{name}.so").unlink(missing_ok=True)
         if report["cpu"] != "built":
-            for routines in package.glob("_C.*"):
+            for routines in (*package.glob("_C.*"), *package.glob("_nodes.*")):
                 routines.unlink()
         (library_dir / "build.json").write_text(json.dumps(report, indent=1) + "\n")
 
@@ -104,11 +111,17 @@ class NativeBuild(build_ext):
             self.cmake("--build", str(build_dir), *self.jobs())
             report["cpu"] = "built"
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            report["cpu"] = report["cuda"] = f"native build failed: {error}"
+            report.update(dict.fromkeys(report, f"native build failed: {error}"))
             if choice("FLOWKERNELS_NATIVE") == "1":
                 raise SystemExit(report["cpu"]) from error
             print(f"flowkernels: installing without native kernels: {error}", file=sys.stderr)
             return
+        try:
+            self.cmake("--build", str(build_dir), "--target", "_nodes")
+            report["nodes"] = f"built for torch {torch_version()}"
+        except (OSError, subprocess.CalledProcessError) as error:  # it costs speed, nothing else
+            report["nodes"] = str(error)
+            print(f"flowkernels: installing without autograd nodes: {error}", file=sys.stderr)
         self.build_cuda(package, report)
 
     def build_cuda(self, package: Path, report: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ def report() -> str:
         f"GPU: {_gpu()}",
         f"native CPU library: {_native.OFF['cpu'] or 'loaded'}",
         f"native CUDA library: {_native.OFF['cuda'] or 'loaded'}",
+        f"autograd nodes of losses: {_native.NODES_OFF or 'loaded'}",
         "",
         flowkernels.describe(),
     ]

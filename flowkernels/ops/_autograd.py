@@ -135,7 +135,7 @@ def mask_of(needed: Sequence[bool]) -> int:
     return mask
 
 
-def scatter(found: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+def scatter(found: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
     """Gradients in the order asked for, back in the order of the inputs."""
     if len(found) == len(needed):
         return list(found)

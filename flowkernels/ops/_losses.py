@@ -4,11 +4,10 @@ in the forward pass.
 The forward operator writes the gradients for grad_output = 1 while it reads the operands: one
 pass over memory. What grad_output is, only the backward pass knows, and only on the device.
 
-First backward. On CPU a grad_output of 1, which ``loss.backward()`` gives, is seen by a look into
-its memory, and the stored gradients are handed out. Else they go through ``rescale_``, which
-returns at once where grad_output is 1 and computes them again into the same memory where it is
-not: a product with the stored, already rounded gradient would round a second time. Autograd owns
-them from here on.
+First backward. The stored gradients go through ``rescale_``, which returns at once where
+grad_output is 1, as ``loss.backward()`` has it, and computes them again into the same memory where
+it is not: a product with the stored, already rounded gradient would round a second time. (The node
+in C++ sees a 1 in the host's memory for itself.) Autograd owns them from here on.
 Second backward (``retain_graph``). The buffers may be somebody's ``.grad`` by now, and rescaling
 them by the ratio of two grad_outputs would alter what the first backward gave. So the gradients
 are computed anew.
@@ -21,10 +20,8 @@ computing them in the backward pass does.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -86,32 +83,3 @@ def stores(operands: Sequence[Tensor | None], needed: Sequence[bool]) -> bool:
         if need and operand is not None and operand.dtype == torch.float16:
             return False
     return True
-
-
-def taken(ctx: Any) -> list[Tensor]:
-    """The stored gradients, once: none where there are none, or where they have been handed out.
-
-    They are kept beside ``saved_tensors``, which lives as long as the loss: what has been handed
-    out is not held on to.
-    """
-    gradients: list[Tensor] = ctx.gradients
-    ctx.gradients = []
-    return gradients
-
-
-def ready(ctx: Any, grad_output: Tensor) -> list[Tensor]:
-    """The stored gradients where they are right as they stand, by a look that costs no operator."""
-    if ctx.gradients and not torch.is_grad_enabled() and _is_one(grad_output):
-        return taken(ctx)
-    return []
-
-
-def _is_one(x: Tensor) -> bool:
-    """Whether ``x`` is a 0-d float32 1 on the CPU; its memory is read where it lies.
-
-    ``item()`` would be as fast; a step is held never to call it, for the sake of devices.
-    """
-    if type(x) is not Tensor or not x.is_cpu or x.dtype != torch.float32 or x.dim():
-        return False
-    address = x.data_ptr()  # 0 where there is no memory: a number known to be zero
-    return address != 0 and ctypes.c_float.from_address(address).value == 1.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +32,21 @@ def _load(name: str) -> str | None:
         return f"{path.name} does not load: {str(error).splitlines()[0]}"
     return None
 
+
+def _load_nodes() -> tuple[Any, str | None]:
+    """``flowkernels._nodes``, which serves the very version of torch that it was built with; else
+    None and the reason.
+    """
+    state, wanted = _build_report().get("nodes", ""), f"built for torch {torch.__version__}"
+    if state != wanted:
+        return None, f"in Python ({state or 'not built'})"
+    try:
+        return importlib.import_module("flowkernels._nodes"), None
+    except ImportError as error:
+        return None, f"in Python ({error})"
+
+
+NODES, NODES_OFF = _load_nodes()
 
 # The CUDA library takes its stream from a symbol that only a CUDA build of torch has.
 OFF: dict[str, str | None] = {

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from flowkernels.ops import _library
-from flowkernels.ops._autograd import record
 from flowkernels.ops._samples import check_samples, kernels_read_samples, tracked
 from flowkernels.ops._validate import as_finite, check_tensor
 from flowkernels.ops.adversarial import _operators as operators
 from flowkernels.ops.adversarial import reference
-from flowkernels.ops.adversarial._autograd import GAN, GradientPenalty
+from flowkernels.ops.adversarial._autograd import GAN, GRADIENT_PENALTY
 
 __all__ = ["gan_discriminator", "gan_generator", "r1_penalty"]
 
@@ -86,7 +85,7 @@ def _gan(name: str, real: Tensor, fake: Tensor | None) -> Tensor:
     if backend == "reference":
         return reference.gan(real, fake)
     if tracked(real, fake):
-        return record(GAN, backend, real, fake)
+        return GAN(backend, real, fake)
     return operators.gan_forward(backend, real, fake, 0)[0]
 
 
@@ -185,7 +184,7 @@ def gradient_penalty(gradient: Tensor, gamma: float) -> Tensor:
     if backend == "reference":
         return reference.gradient_penalty(gradient, gamma)
     if tracked(gradient):
-        return record(GradientPenalty, backend, gradient, gamma)
+        return GRADIENT_PENALTY(backend, gradient, gamma)
     return operators.gradient_penalty_forward(backend, gradient, gamma, 0)[0]
 
 

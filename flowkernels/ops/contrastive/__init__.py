@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from flowkernels.ops import _library
-from flowkernels.ops._autograd import record
 from flowkernels.ops._losses import needs_grad
 from flowkernels.ops._samples import (
     REDUCTIONS,
@@ -20,7 +19,7 @@ from flowkernels.ops._samples import (
 from flowkernels.ops._validate import as_finite, check_choice
 from flowkernels.ops.contrastive import _operators as operators
 from flowkernels.ops.contrastive import reference
-from flowkernels.ops.contrastive._autograd import ContrastiveFlowMatching
+from flowkernels.ops.contrastive._autograd import CONTRASTIVE
 
 __all__ = ["contrastive_flow_matching"]
 
@@ -92,7 +91,7 @@ def contrastive_flow_matching(
         return reference.contrastive_flow_matching(v, x0, noise, negatives, weight, lam, reduction)
     code = REDUCTIONS.index(reduction)
     if tracked(v, constants=(x0, noise, weight)):
-        return record(ContrastiveFlowMatching, backend, v, x0, noise, negatives, weight, lam, code)
+        return CONTRASTIVE(backend, v, x0, noise, negatives, weight, lam, code)
     return operators.contrastive_forward(backend, v, x0, noise, negatives, weight, lam, code, 0)[0]
 
 

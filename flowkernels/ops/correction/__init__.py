@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from flowkernels.ops import _library
-from flowkernels.ops._autograd import record
 from flowkernels.ops._samples import (
     REDUCTIONS,
     check_batch_vector,
@@ -19,7 +18,7 @@ from flowkernels.ops._samples import (
 from flowkernels.ops._validate import as_finite, as_number, check_choice
 from flowkernels.ops.correction import _operators as operators
 from flowkernels.ops.correction import reference
-from flowkernels.ops.correction._autograd import PairLoss, SelfCorrected
+from flowkernels.ops.correction._autograd import PAIR_LOSS, SELF_CORRECTED
 
 __all__ = ["pseudo_huber", "self_corrected", "self_reflow"]
 
@@ -123,7 +122,7 @@ def self_corrected(
         *(trunc, c, lam_bi, REDUCTIONS.index(reduction)),
     )
     if tracked(v, constants=constants):
-        total, consistency, bidirectional = record(SelfCorrected, backend, v, *operands)
+        total, consistency, bidirectional = SELF_CORRECTED(backend, v, *operands)
     else:
         total, consistency, bidirectional = operators.self_corrected_forward(
             backend, v, *operands, 0
@@ -170,7 +169,7 @@ def self_reflow(v_r: Tensor, v_1: Tensor, t: Tensor, *, reduction: str = "mean")
         return reference.self_reflow(v_r, v_1, t, reduction)
     operands = (_constant(v_1), _single(_constant(t)), 1.0, REDUCTIONS.index(reduction))
     if tracked(v_r, constants=(v_1, t)):
-        return record(PairLoss, backend, v_r, *operands)
+        return PAIR_LOSS(backend, v_r, *operands)
     return operators.pair_loss_forward(backend, v_r, *operands, 0)[0]
 
 
@@ -212,7 +211,7 @@ def pseudo_huber(x: Tensor, y: Tensor, *, c: float = 0.01, reduction: str = "mea
         return reference.pseudo_huber(x, y, c, reduction)
     code = REDUCTIONS.index(reduction)
     if tracked(x, y):
-        return record(PairLoss, backend, x, y, None, c, code)
+        return PAIR_LOSS(backend, x, y, None, c, code)
     return operators.pair_loss_forward(backend, x, y, None, c, code, 0)[0]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from flowkernels.ops import _library
-from flowkernels.ops._autograd import record
 from flowkernels.ops._losses import needs_grad
 from flowkernels.ops._samples import (
     REDUCTIONS,
@@ -19,7 +18,7 @@ from flowkernels.ops._samples import (
 from flowkernels.ops._validate import as_number, check_choice
 from flowkernels.ops.losses import _operators as operators
 from flowkernels.ops.losses import reference
-from flowkernels.ops.losses._autograd import FGM, FlowMatching
+from flowkernels.ops.losses._autograd import FGM, FLOW_MATCHING
 
 __all__ = ["fgm", "flow_matching", "straightening"]
 
@@ -148,7 +147,7 @@ def _residual_loss(
         dt = dt.float()
     code = REDUCTIONS.index(reduction)
     if tracked(v, x0, noise, constants=(dt, weight)):
-        return record(FlowMatching, backend, v, x0, noise, dt, weight, code)
+        return FLOW_MATCHING(backend, v, x0, noise, dt, weight, code)
     return operators.flow_matching_forward(backend, v, x0, noise, dt, weight, code, 0)[0]
 
 
@@ -247,7 +246,7 @@ def fgm(
             t = t.float()
         settings = (lam, guidance, sid, REDUCTIONS.index(reduction))
         if tracked(u, v, x0, noise, u_uncond, constants=(t, weight)):
-            loss, skipped = record(FGM, backend, u, v, x0, noise, u_uncond, t, weight, *settings)
+            loss, skipped = FGM(backend, u, v, x0, noise, u_uncond, t, weight, *settings)
         else:
             loss, skipped = operators.fgm_forward(
                 backend, u, v, x0, noise, u_uncond, t, weight, *settings, 0

@@ -1,0 +1,283 @@
+// flowkernels._nodes: the autograd node of a loss that has its gradients already, in C++.
+//
+// An autograd.Function of Python costs some 20 us more for forward and backward than this, and its
+// code more of the caches, where a small loss takes 10 to 50 us altogether. The price: it is built
+// for one version of torch, whose C++ interface changes from one to the next. Where it is not
+// there, ops/_stored.py runs the same loss through a Python function.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace flowkernels {
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+using torch::dynamo::autograd::CompiledNodeArgs;
+using torch::dynamo::autograd::SwapSavedVariables;
+
+// A handle to a node: torch 2.13 counts references in it, torch 2.11 beside it.
+using NodePointer = std::decay_t<decltype(std::declval<Tensor&>().grad_fn())>;
+
+template <class T, class Pointer = NodePointer>
+auto make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
+    return std::shared_ptr<T>(new T(), [](T* node) { deleteNode(node); });  // torch::autograd's
+  else
+    return c10::make_intrusive<T>();
+}
+
+py::object wrapped(const Tensor& tensor) {
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+}
+
+template <class Tensors>
+py::tuple wrapped_all(const Tensors& tensors) {
+  py::tuple result(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) result[i] = wrapped(tensors[i]);
+  return result;
+}
+
+// Whether the stored gradients are right as they stand: grad_output is a 0-d 1 whose memory the
+// host can read. What has no memory (a fake tensor) is a number known to be zero.
+bool is_one(const Tensor& grad_output) {
+  if (grad_output.dim() != 0 || !grad_output.is_cpu() || grad_output.scalar_type() != at::kFloat)
+    return false;
+  if (grad_output.unsafeGetTensorImpl()->is_python_dispatch()) return false;
+  const void* memory = grad_output.const_data_ptr();
+  return memory != nullptr && *static_cast<const float*>(memory) == 1.f;
+}
+
+// How Python computes the gradients: objects that may be let go by a thread which does not hold the
+// interpreter's lock.
+struct Computation {
+  py::object backward, settings;
+  int64_t wanted = 0;         // bits of the gradients
+  std::vector<bool> present;  // which operands there are: the others are None
+
+  variable_list operator()(const Tensor& grad_output, const variable_list& operands,
+                           const variable_list& stored) const {
+    const py::gil_scoped_acquire lock;
+    py::tuple all(present.size());
+    size_t next = 0;
+    for (size_t i = 0; i < present.size(); ++i)
+      all[i] = present[i] ? wrapped(operands[next++]) : py::none();
+    const py::object found = py::reinterpret_steal<py::object>(PyObject_CallFunctionObjArgs(
+        backward.ptr(), wrapped(grad_output).ptr(), all.ptr(), py::list(wrapped_all(stored)).ptr(),
+        py::int_(wanted).ptr(), settings.ptr(), nullptr));
+    if (!found) {
+      python_error error;
+      error.persist();
+      throw std::move(error);
+    }
+    variable_list gradients;
+    for (const py::handle each : found)
+      gradients.push_back(each.is_none() ? Tensor() : THPVariable_Unpack(each.ptr()));
+    return gradients;
+  }
+
+  ~Computation() {
+    if (!Py_IsInitialized()) {
+      backward.release();
+      settings.release();
+      return;
+    }
+    const py::gil_scoped_acquire lock;
+    backward = py::object();
+    settings = py::object();
+  }
+};
+
+// What hands out stored gradients, or has them computed. ops/_losses.py says when which.
+struct LossNode : public Node {
+  std::string title;
+  std::shared_ptr<Computation> computation = std::make_shared<Computation>();
+  std::vector<SavedVariable> saved;
+  variable_list stored;
+  bool released = false;
+
+  std::string name() const override { return title; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    saved.clear();
+    stored.clear();
+    released = true;
+  }
+
+  variable_list apply(variable_list&& grad_outputs) override {
+    const Tensor grad_output = grad_outputs[0];
+    if (!grad_output.defined()) return variable_list(num_outputs());
+    variable_list gradients;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+      if (!at::GradMode::is_enabled()) gradients.swap(stored);  // handed out once
+    }
+    if (gradients.empty() || !is_one(grad_output))
+      gradients = (*computation)(grad_output, operands(), gradients);
+    return placed(gradients, computation->wanted, num_outputs());
+  }
+
+  // Compiled autograd: what its graphs are told apart by, and the call that it traces.
+  void compiled_args(CompiledNodeArgs& args) const override {
+    const py::gil_scoped_acquire lock;
+    args.collect(title);
+    args.collect(computation->wanted);
+    args.collect(py::repr(computation->settings).cast<std::string>());
+    args.collect(computation->present);
+    args.collect(saved, /*is_output=*/false);
+  }
+
+  variable_list apply_with_saved(const variable_list& grad_outputs,
+                                 SwapSavedVariables& swap) override {
+    swap.before(saved);
+    const variable_list tensors = operands();
+    const auto call = [computation = computation, results = num_outputs()](
+                          const variable_list& inputs, const std::vector<c10::IValue>& values) {
+      variable_list operands;
+      for (const c10::IValue& value : values) operands.push_back(value.toTensor());
+      return placed((*computation)(inputs[0], operands, {}), computation->wanted, results);
+    };
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    const std::vector<at::TypePtr> schema(tensors.size(), at::TensorType::get());
+    const std::string function =
+        compiler->bind_function(swap.get_py_compiler(), title, call, schema,
+                                /*is_custom_function=*/true, /*is_traceable=*/true);
+    variable_list results = compiler->call_function(
+        swap.get_py_compiler(), "apply_functional", function, grad_outputs,
+        std::vector<c10::IValue>(tensors.begin(), tensors.end()),
+        torch::dynamo::autograd::
+            IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+                torch::dynamo::autograd::get_input_metadata(next_edges())));
+    swap.after(saved);
+    return results;
+  }
+
+ private:
+  variable_list operands() const {
+    variable_list tensors;
+    for (const SavedVariable& each : saved) tensors.push_back(each.unpack());
+    return tensors;
+  }
+
+  static variable_list placed(const variable_list& gradients, int64_t wanted, size_t count) {
+    variable_list results(count);
+    auto next = gradients.begin();
+    for (size_t i = 0; i < count; ++i)
+      if (wanted >> i & 1) results[i] = *next++;
+    return results;
+  }
+};
+
+c10::IValue value_of(py::handle argument) {
+  PyObject* object = argument.ptr();
+  if (THPVariable_Check(object)) return THPVariable_Unpack(object);
+  if (argument.is_none()) return {};
+  if (PyBool_Check(object)) return object == Py_True;
+  if (PyLong_Check(object)) return static_cast<int64_t>(PyLong_AsLongLong(object));
+  if (PyFloat_Check(object)) return PyFloat_AsDouble(object);
+  throw py::type_error("a loss's operands are tensors, None, bools, ints and floats");
+}
+
+// Calls a loss's forward operator, (tensors..., settings..., wanted) -> [outputs, kept, gradients],
+// and puts a node behind the first output.
+class Recorder {
+ public:
+  Recorder(const std::string& name, std::string title, int64_t differentiable, int64_t tensors,
+           int64_t outputs, int64_t kept, py::object backward)
+      : operation_(c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "")),
+        title_(std::move(title)),
+        differentiable_(differentiable),
+        tensors_(tensors),
+        outputs_(outputs),
+        kept_(kept),
+        backward_(std::move(backward)) {}
+
+  // (backend, *operands). None where somebody may override what operators do: torch.ops knows how.
+  py::object operator()(const py::args& arguments) const {
+    if (at::impl::torch_function_mode_enabled()) return py::none();
+    torch::jit::Stack stack;
+    stack.reserve(arguments.size());
+    for (size_t i = 1; i < arguments.size(); ++i) {
+      if (THPVariable_Check(arguments[i].ptr()) && !THPVariable_CheckExact(arguments[i].ptr()))
+        return py::none();
+      stack.push_back(value_of(arguments[i]));
+    }
+    auto node = make_node<LossNode>();
+    Computation& computation = *node->computation;
+    bool stores = true;
+    for (int64_t i = 0; i < differentiable_; ++i) {
+      const bool needed = stack[i].isTensor() && stack[i].toTensor().requires_grad();
+      node->add_next_edge(needed ? torch::autograd::impl::gradient_edge(stack[i].toTensor())
+                                 : torch::autograd::Edge());
+      computation.wanted |= int64_t{needed} << i;
+      stores &= !needed || stack[i].toTensor().scalar_type() != at::kHalf;
+    }
+    for (int64_t i = 0; i < tensors_; ++i) {
+      computation.present.push_back(stack[i].isTensor());
+      if (stack[i].isTensor()) node->saved.emplace_back(stack[i].toTensor(), /*is_output=*/false);
+    }
+    stack.emplace_back(stores ? computation.wanted : int64_t{0});
+    {
+      const py::gil_scoped_release unlocked;
+      const at::AutoDispatchBelowADInplaceOrView below;
+      operation_.callBoxed(&stack);
+    }
+    std::vector<Tensor> found = stack[0].toTensorVector();
+    for (int64_t i = outputs_; i < outputs_ + kept_; ++i) {
+      computation.present.push_back(true);
+      node->saved.emplace_back(found[i], /*is_output=*/false);
+    }
+    node->stored.assign(found.begin() + outputs_ + kept_, found.end());
+    py::tuple settings(arguments.size() - tensors_);
+    settings[0] = arguments[0];
+    for (size_t i = 1; i < settings.size(); ++i) settings[i] = arguments[tensors_ + i];
+    computation.settings = std::move(settings);
+    computation.backward = backward_;
+    node->title = title_;
+    torch::autograd::set_history(found[0], node);
+    if (outputs_ == 1) return wrapped(found[0]);
+    found.resize(outputs_);
+    return wrapped_all(found);
+  }
+
+ private:
+  c10::OperatorHandle operation_;
+  std::string title_;
+  int64_t differentiable_, tensors_, outputs_, kept_;
+  py::object backward_;
+};
+
+}  // namespace
+}  // namespace flowkernels
+
+PYBIND11_MODULE(_nodes, m) {
+  using flowkernels::Recorder;
+  namespace py = pybind11;
+  m.doc() = "The autograd node of losses, for the version of torch it was built with.";
+  py::class_<Recorder>(m, "Recorder")
+      .def(py::init<const std::string&, std::string, int64_t, int64_t, int64_t, int64_t,
+                    py::object>(),
+           py::arg("operator"), py::arg("title"), py::arg("differentiable"), py::arg("tensors"),
+           py::arg("outputs"), py::arg("kept"), py::arg("backward"))
+      .def("__call__", &Recorder::operator());
+}
