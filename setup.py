@@ -160,6 +160,7 @@ class NativeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTORCH_DIR={find_torch()}",
+            f"-DTORCH_VERSION={torch_version()}",
             f"-DFLOWKERNELS_OUTPUT_DIR={package}",
             f"-DFLOWKERNELS_CPU={cpu_target()}",
             *options,

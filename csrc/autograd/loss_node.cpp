@@ -5,6 +5,7 @@
 // for one version of torch, whose C++ interface changes from one to the next. Where it is not
 // there, ops/_stored.py runs the same loss through a Python function.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/TracerMode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
@@ -61,7 +62,13 @@ py::tuple wrapped_all(const Tensors& tensors) {
 bool is_one(const Tensor& grad_output) {
   if (grad_output.dim() != 0 || !grad_output.is_cpu() || grad_output.scalar_type() != at::kFloat)
     return false;
-  if (grad_output.unsafeGetTensorImpl()->is_python_dispatch()) return false;
+  // Keys under which a tensor's memory is not its value, or not there to be read.
+  using c10::DispatchKey;
+  const c10::DispatchKeySet lazy{
+      DispatchKey::Negative,      DispatchKey::Conjugate,        DispatchKey::ZeroTensor,
+      DispatchKey::Functionalize, DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper,
+      DispatchKey::Python};
+  if (grad_output.key_set().has_any(lazy)) return false;
   const void* memory = grad_output.const_data_ptr();
   return memory != nullptr && *static_cast<const float*>(memory) == 1.f;
 }
@@ -110,49 +117,56 @@ struct Computation {
 struct LossNode : public Node {
   std::string title;
   std::shared_ptr<Computation> computation = std::make_shared<Computation>();
-  std::vector<SavedVariable> saved;
+  // Shared: one thread may free the graph while another walks it.
+  std::shared_ptr<std::vector<SavedVariable>> saved =
+      std::make_shared<std::vector<SavedVariable>>();
   variable_list stored;
-  bool released = false;
 
   std::string name() const override { return title; }
 
   void release_variables() override {
+    // Let go of outside the lock: that may run Python.
+    variable_list gradients;
+    std::shared_ptr<std::vector<SavedVariable>> operands;
     const std::lock_guard<std::mutex> lock(mutex_);
-    saved.clear();
-    stored.clear();
-    released = true;
+    gradients.swap(stored);
+    operands.swap(saved);
   }
 
   variable_list apply(variable_list&& grad_outputs) override {
     const Tensor grad_output = grad_outputs[0];
     if (!grad_output.defined()) return variable_list(num_outputs());
     variable_list gradients;
+    std::shared_ptr<std::vector<SavedVariable>> operands;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+      operands = saved;
       if (!at::GradMode::is_enabled()) gradients.swap(stored);  // handed out once
     }
     if (gradients.empty() || !is_one(grad_output))
-      gradients = (*computation)(grad_output, operands(), gradients);
+      gradients = (*computation)(grad_output, unpacked(operands.get()), gradients);
     return placed(gradients, computation->wanted, num_outputs());
   }
 
-  // Compiled autograd: what its graphs are told apart by, and the call that it traces.
+  // Compiled autograd: what its graphs are told apart by (settings are their constants), and the
+  // call that it traces.
   void compiled_args(CompiledNodeArgs& args) const override {
     const py::gil_scoped_acquire lock;
     args.collect(title);
     args.collect(computation->wanted);
     args.collect(py::repr(computation->settings).cast<std::string>());
     args.collect(computation->present);
-    args.collect(saved, /*is_output=*/false);
+    TORCH_CHECK(saved, torch::autograd::ERR_BACKWARD_TWICE);
+    args.collect(*saved, /*is_output=*/false);
   }
 
   variable_list apply_with_saved(const variable_list& grad_outputs,
                                  SwapSavedVariables& swap) override {
-    swap.before(saved);
-    const variable_list tensors = operands();
+    swap.before(*saved);
+    const variable_list tensors = unpacked(saved.get());
     const auto call = [computation = computation, results = num_outputs()](
                           const variable_list& inputs, const std::vector<c10::IValue>& values) {
+      if (!inputs[0].defined()) return variable_list(results);
       variable_list operands;
       for (const c10::IValue& value : values) operands.push_back(value.toTensor());
       return placed((*computation)(inputs[0], operands, {}), computation->wanted, results);
@@ -168,14 +182,15 @@ struct LossNode : public Node {
         torch::dynamo::autograd::
             IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
                 torch::dynamo::autograd::get_input_metadata(next_edges())));
-    swap.after(saved);
+    swap.after(*saved);
     return results;
   }
 
  private:
-  variable_list operands() const {
+  static variable_list unpacked(const std::vector<SavedVariable>* saved) {
+    TORCH_CHECK(saved, torch::autograd::ERR_BACKWARD_TWICE);
     variable_list tensors;
-    for (const SavedVariable& each : saved) tensors.push_back(each.unpack());
+    for (const SavedVariable& each : *saved) tensors.push_back(each.unpack());
     return tensors;
   }
 
@@ -212,9 +227,10 @@ class Recorder {
         kept_(kept),
         backward_(std::move(backward)) {}
 
-  // (backend, *operands). None where somebody may override what operators do: torch.ops knows how.
+  // (backend, *operands). None where somebody may override what operators do, or torch.jit traces.
   py::object operator()(const py::args& arguments) const {
-    if (at::impl::torch_function_mode_enabled()) return py::none();
+    if (at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled())
+      return py::none();
     torch::jit::Stack stack;
     stack.reserve(arguments.size());
     for (size_t i = 1; i < arguments.size(); ++i) {
@@ -234,7 +250,7 @@ class Recorder {
     }
     for (int64_t i = 0; i < tensors_; ++i) {
       computation.present.push_back(stack[i].isTensor());
-      if (stack[i].isTensor()) node->saved.emplace_back(stack[i].toTensor(), /*is_output=*/false);
+      if (stack[i].isTensor()) node->saved->emplace_back(stack[i].toTensor(), /*is_output=*/false);
     }
     stack.emplace_back(stores ? computation.wanted : int64_t{0});
     {
@@ -245,7 +261,7 @@ class Recorder {
     std::vector<Tensor> found = stack[0].toTensorVector();
     for (int64_t i = outputs_; i < outputs_ + kept_; ++i) {
       computation.present.push_back(true);
-      node->saved.emplace_back(found[i], /*is_output=*/false);
+      node->saved->emplace_back(found[i], /*is_output=*/false);
     }
     node->stored.assign(found.begin() + outputs_ + kept_, found.end());
     py::tuple settings(arguments.size() - tensors_);

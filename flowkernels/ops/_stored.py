@@ -115,10 +115,10 @@ def _function(title: str, loss: StoredLoss) -> type[_autograd.FusedFunction]:
             ctx.save_for_backward(*operands, *found[loss.outputs : first])
             ctx.gradients, ctx.needed, ctx.wanted = list(found[first:]), needed, wanted
             ctx.settings, ctx.arguments = (backend, *arguments[loss.tensors :]), len(arguments)
+            ctx.set_materialize_grads(False)  # a gradient that is not there is None, no zeros
             if loss.outputs == 1:
                 return found[0]
             ctx.mark_non_differentiable(*found[1 : loss.outputs])
-            ctx.set_materialize_grads(False)  # else backward is handed zeros for those
             return tuple(found[: loss.outputs])
 
         @staticmethod

@@ -81,8 +81,9 @@ def same(found, expected):
         assert ours is None or (ours.dtype == other.dtype and torch.equal(ours, other))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_every_loss_is_here():
-    alive = [x for x in gc.get_objects() if isinstance(x, StoredLoss)]
+    alive = [x for x in gc.get_objects() if type(x) is StoredLoss]
     assert {id(x) for x in alive} == {id(x) for x in RECORDED}
 
 
@@ -274,6 +275,63 @@ def test_from_many_threads(way, loss_of):
     assert len(found) == 80
     for each in found:
         same(each, expected)
+
+
+@ways
+def test_a_freed_graph_under_compiled_autograd(way):
+    from torch._dynamo import compiled_autograd
+
+    loss = losses.flow_matching(*operands()[:3])
+    loss.backward()
+    with (
+        compiled_autograd._enable(torch.compile(backend="eager")),
+        pytest.raises(RuntimeError, match="second time"),
+    ):
+        loss.backward()
+
+
+@ways
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_gradient_comes_back(way, compiled):
+    from torch._dynamo import compiled_autograd
+
+    class Drop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    inputs = operands()
+    loss = Drop.apply(losses.flow_matching(*inputs[:3]))
+    with compiled_autograd._enable(torch.compile(backend="eager"), compiled):
+        loss.backward()
+    assert all(x.grad is None for x in inputs)
+
+
+@ways
+def test_a_lazily_negated_one_is_minus_one(way):
+    inputs = operands()
+    complex_loss = torch.complex(torch.zeros(()), losses.flow_matching(*inputs[:3]))
+    total = (complex_loss.conj() * torch.tensor(-1j)).real  # -loss
+    expected = gradients(losses.flow_matching(*inputs[:3]), inputs)
+    found = gradients(total, inputs)
+    same([None if x is None else -x for x in found], expected)
+
+
+@ways
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The values for attribute")
+def test_a_trace_keeps_the_gradients(way):
+    v, x0, noise, _ = operands(needed=(True, False, False, False))
+    traced = torch.jit.trace(
+        lambda v: losses.flow_matching(v * 1, x0, noise), (v,), check_trace=False
+    )
+    same(
+        torch.autograd.grad(traced(v), v),
+        torch.autograd.grad(losses.flow_matching(v, x0, noise), v),
+    )
 
 
 @ways
