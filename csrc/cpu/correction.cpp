@@ -3,11 +3,6 @@
 namespace flowkernels {
 namespace {
 
-template <class... Views>
-FK_INLINE bool all_float16(const Views&... views) {
-  return ((!views || views.dtype == DType::float16) && ...);
-}
-
 struct Curve {
   float value, slope;
 };
@@ -121,7 +116,7 @@ FK_INLINE void self_corrected_items(const SelfCorrected& a, int64_t begin, int64
 FK_CLONES void self_corrected(const SelfCorrected& a, int64_t begin, int64_t end) {
   if (all_of<BFloat16>(a.v, a.v_teacher, a.v_post, a.v_prev, a.x0, a.noise, a.grad_v))
     self_corrected_items<BFloat16>(a, begin, end);
-  else if (all_float16(a.v, a.v_teacher, a.v_post, a.v_prev, a.x0, a.noise, a.grad_v))
+  else if (all_of<Float16>(a.v, a.v_teacher, a.v_post, a.v_prev, a.x0, a.noise, a.grad_v))
     self_corrected_items<Float16>(a, begin, end);
   else
     self_corrected_items<float>(a, begin, end);
@@ -176,7 +171,7 @@ template <class Loss>
 FK_INLINE void pair_loss_typed(const PairLoss& a, int64_t begin, int64_t end, const Loss& loss) {
   if (all_of<BFloat16>(a.x, a.y, a.grad_x, a.grad_y))
     pair_loss_items<BFloat16>(a, begin, end, loss);
-  else if (all_float16(a.x, a.y, a.grad_x, a.grad_y))
+  else if (all_of<Float16>(a.x, a.y, a.grad_x, a.grad_y))
     pair_loss_items<Float16>(a, begin, end, loss);
   else
     pair_loss_items<float>(a, begin, end, loss);

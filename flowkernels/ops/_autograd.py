@@ -26,7 +26,7 @@ _TRANSFORM_ERROR = (
 )
 
 
-def _refuse_transforms(args: tuple[Any, ...]) -> None:
+def refuse_transforms(args: tuple[Any, ...]) -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_TRANSFORM_ERROR)
     if forward_ad._current_level >= 0 and any(
@@ -55,7 +55,7 @@ def apply(function: type[FusedFunction], *args: Any) -> Any:
         return function.apply(*_distinct(args))
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return record(function, *args)
-    _refuse_transforms(args)
+    refuse_transforms(args)
     return function.forward(_NoGraph(), *args)
 
 
@@ -63,7 +63,7 @@ def record(function: type[FusedFunction], *args: Any) -> Any:
     """:func:`apply` where a gradient is known to be asked for."""
     if torch.compiler.is_compiling():
         return function.apply(*_distinct(args))
-    _refuse_transforms(args)
+    refuse_transforms(args)
     # Past `autograd.Function.apply`, which looks for the very transforms that are refused here.
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 

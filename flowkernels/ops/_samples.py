@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from flowkernels.ops._autograd import _refuse_transforms as refuse_transforms
+from flowkernels.ops._autograd import refuse_transforms
 from flowkernels.ops._library import KERNEL_DTYPES
 from flowkernels.ops._validate import check_shape, check_tensor
 

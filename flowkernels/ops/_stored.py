@@ -66,7 +66,7 @@ class StoredLoss:
     def __call__(self, backend: str, *arguments: Any) -> Any:
         """The loss, or the tuple of outputs, where a gradient is known to be asked for."""
         if self._recorder is not None and not torch.compiler.is_compiling():
-            _autograd._refuse_transforms(arguments)
+            _autograd.refuse_transforms(arguments)
             found = self._recorder(backend, *arguments)
             if found is not None:
                 return found

@@ -185,7 +185,7 @@ def test_under_activation_checkpointing(way, loss_of):
 
 @ways
 @loss_of
-def test_second_order(way, loss_of, monkeypatch):
+def test_second_order(way, loss_of):
     inputs = operands()
     first = gradients(loss_of(*inputs), inputs, create_graph=True)
     total = sum(x.square().sum() for x in first if x is not None)
