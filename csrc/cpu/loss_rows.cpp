@@ -24,6 +24,25 @@ struct Terms {
   Pair d, e;
 };
 
+// What the second-level cache should have by the time it is read: the memory's own prefetching
+// starts anew with every page. Where results are streamed it takes bandwidth from them.
+template <class T>
+FK_AVX512 inline void prefetch(const T* operand) {
+  constexpr int64_t kAhead = 1024, kLine = 64;
+  const char* address = reinterpret_cast<const char*>(operand) + kAhead;
+  for (int64_t i = 0; i < kPair * int64_t{sizeof(T)}; i += kLine)
+    _mm_prefetch(address + i, _MM_HINT_T1);
+}
+
+template <bool teacher, bool guided, class T>
+FK_AVX512 inline void prefetch_operands(const LossRow<T>& r, int64_t i) {
+  prefetch(r.v + i);
+  prefetch(r.noise + i);
+  prefetch(r.x0 + i);
+  if constexpr (teacher) prefetch(r.u + i);
+  if constexpr (guided) prefetch(r.uncond + i);
+}
+
 template <bool teacher, bool guided, class T>
 FK_AVX512 inline Terms terms_at(const LossRow<T>& r, int64_t i) {
   const Pair v = load(r.v + i), target = difference(load(r.noise + i), load(r.x0 + i));
@@ -56,6 +75,7 @@ FK_AVX512 inline float loop(const LossRow<T>& row, int64_t n) {
   __m512 low = _mm512_setzero_ps(), high = low;
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
+    if constexpr (!stream) prefetch_operands<teacher, guided>(r, i);
     const Terms at = terms_at<teacher, guided>(r, i);
     const Pair factor = teacher ? sum(scaled(at.e, two), at.d, lam) : at.d;
     low = _mm512_fmadd_ps(at.d.low, factor.low, low);

@@ -99,7 +99,7 @@ class Function:
 
 
 FUNCTIONS: dict[str, Function] = {}
-_DEFAULTS: dict[tuple[str, str], str] = {}
+_DEFAULTS: dict[str, dict[str, str]] = {}  # by name and type of device
 
 
 def register_function(
@@ -107,11 +107,12 @@ def register_function(
 ) -> None:
     """List a public function in :func:`describe` and settle its default backends."""
     FUNCTIONS[name] = Function(name, module, native, triton)
+    _DEFAULTS[name] = {}
     for device in ("cpu", "cuda"):
         # Measured order: C++ beats the reference at every benchmarked size on CPU; on a GPU a
         # function has either a Triton kernel or a CUDA C++ one, never both.
         order = ("native", "triton") if device == "cpu" else ("triton", "native")
-        _DEFAULTS[device, name] = next(
+        _DEFAULTS[name][device] = next(
             (
                 b
                 for b in order
@@ -177,6 +178,11 @@ def forced() -> str | None:
     return _forced
 
 
+def defaults(name: str) -> dict[str, str]:
+    """The backend of ``name`` by type of device, where none is forced and its kernels serve."""
+    return _DEFAULTS[name]
+
+
 def choose(name: str, device: torch.device, served: bool) -> str:
     """The backend for a call of ``name``: the reference where its kernels do not read the operands.
 
@@ -184,7 +190,7 @@ def choose(name: str, device: torch.device, served: bool) -> str:
     """
     device_type = device.type
     if _forced is None:
-        return _DEFAULTS.get((device_type, name), "reference") if served else "reference"
+        return _DEFAULTS[name].get(device_type, "reference") if served else "reference"
     if _forced != "reference":
         reason = (
             why_off(name, _forced, device_type)
@@ -202,7 +208,7 @@ def table() -> list[dict[str, str]]:
     device = "cuda" if torch.version.cuda and torch.cuda.is_available() else "cpu"
     for name in sorted(FUNCTIONS):
         row = {"op": f"{FUNCTIONS[name].module}.{name}", "device": device}
-        row["uses"] = _DEFAULTS[device, name] if _forced is None else _forced
+        row["uses"] = _DEFAULTS[name][device] if _forced is None else _forced
         for each in BACKENDS:
             row[each] = why_off(name, each, device) or "on"
         rows.append(row)

@@ -15,6 +15,11 @@ Tensor = torch.Tensor
 REDUCTIONS = ("none", "mean", "sum")
 
 
+def code_of(reduction: str) -> int | None:
+    """The place of a reduction in :data:`REDUCTIONS`, by which operators know it; None: no such."""
+    return REDUCTIONS.index(reduction) if reduction in REDUCTIONS else None
+
+
 def check_samples(x: Any, name: str) -> None:
     """``x`` is a floating-point tensor [B, ...]."""
     check_tensor(x, name)

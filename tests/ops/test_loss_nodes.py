@@ -54,7 +54,8 @@ loss_of = pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES.keys())
 
 def in_python(patch: pytest.MonkeyPatch):
     for loss in RECORDED:
-        patch.setattr(loss, "_recorder", None)
+        patch.setattr(loss, "_record", None)
+        patch.setattr(loss, "_record_plain", None)
 
 
 @pytest.fixture

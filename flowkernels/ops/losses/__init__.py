@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flowkernels.ops import _library
 from flowkernels.ops._losses import needs_grad
 from flowkernels.ops._samples import (
     REDUCTIONS,
-    alike,
     check_batch_vector,
     check_like,
     check_samples,
+    code_of,
     kernels_read_samples,
     tracked,
 )
@@ -62,14 +64,17 @@ def flow_matching(
         >>> flow_matching(noise - x0 + 0.5, x0, noise)
         tensor(0.2500)
     """
-    if not (same := alike(v, x0, noise)):
-        check_samples(v, "v")
-        check_like(x0, "x0", v)
-        check_like(noise, "noise", v)
+    operands = (v, x0, noise, None, weight, code_of(reduction))
+    plain: Tensor | None = FLOW_MATCHING.plain("flow_matching", *operands)
+    if plain is not None:
+        return plain
+    check_samples(v, "v")
+    check_like(x0, "x0", v)
+    check_like(noise, "noise", v)
     check_choice(reduction, "reduction", REDUCTIONS)
     if weight is not None:
         check_batch_vector(weight, "weight", v)
-    return _residual_loss("flow_matching", v, x0, noise, None, weight, reduction, same)
+    return _residual_loss("flow_matching", v, x0, noise, None, weight, reduction)
 
 
 def straightening(
@@ -116,15 +121,19 @@ def straightening(
         >>> straightening(v, x_start, x_end, dt)
         tensor(0.)
     """
-    if not (same := alike(v, x_start, x_end)):
-        check_samples(v, "v")
-        check_like(x_start, "x_start", v)
-        check_like(x_end, "x_end", v)
+    if dt is not None:
+        operands = (v, x_start, x_end, dt, weight, code_of(reduction))
+        plain: Tensor | None = FLOW_MATCHING.plain("straightening", *operands)
+        if plain is not None:
+            return plain
+    check_samples(v, "v")
+    check_like(x_start, "x_start", v)
+    check_like(x_end, "x_end", v)
     check_batch_vector(dt, "dt", v)
     check_choice(reduction, "reduction", REDUCTIONS)
     if weight is not None:
         check_batch_vector(weight, "weight", v)
-    return _residual_loss("straightening", v, x_start, x_end, dt, weight, reduction, same)
+    return _residual_loss("straightening", v, x_start, x_end, dt, weight, reduction)
 
 
 def _residual_loss(
@@ -135,17 +144,16 @@ def _residual_loss(
     dt: Tensor | None,
     weight: Tensor | None,
     reduction: str,
-    same: bool,
 ) -> Tensor:
-    """Checked operands to the loss of ``v - (noise - x0)/dt``; ``same``: the samples are alike."""
-    served = (same or kernels_read_samples(v, x0, noise)) and kernels_read_samples(weight)
+    """Checked operands to the loss of ``v - (noise - x0)/dt``."""
+    served = kernels_read_samples(v, x0, noise, weight)
     served = served and not needs_grad(weight) and not needs_grad(dt)
     backend = _library.choose(name, v.device, served)
     if backend == "reference":
         return reference.flow_matching(v, x0, noise, dt, weight, reduction)
     if dt is not None and dt.dtype == torch.float64:
         dt = dt.float()
-    code = REDUCTIONS.index(reduction)
+    code = code_of(reduction)
     if tracked(v, x0, noise, constants=(dt, weight)):
         return FLOW_MATCHING(backend, v, x0, noise, dt, weight, code)
     return operators.flow_matching_forward(backend, v, x0, noise, dt, weight, code, 0)[0]
@@ -213,47 +221,56 @@ def fgm(
         >>> torch.allclose(exact, ((u - w) ** 2 - (v - w) ** 2).mean(), atol=1e-6)
         True
     """
-    if not (same := alike(u, v, x0, noise, u_uncond)):
-        check_samples(u, "u")
-        check_like(v, "v", u)
-        check_like(x0, "x0", u)
-        check_like(noise, "noise", u)
-        if u_uncond is not None:
-            check_like(u_uncond, "u_uncond", u)
+    sid = normalize is not None if normalize in (None, "sid") else None
+    operands = (u, v, x0, noise, u_uncond, t, weight)
+    scale = 1.0 if u_uncond is None else guidance
+    found = FGM.plain("fgm", *operands, lam, scale, sid, code_of(reduction))
+    if found is None:
+        found = _fgm(*operands, lam, scale, normalize, reduction)
+    loss: Tensor = found[0]
+    if nonfinite is not None:
+        _check_counter(nonfinite, u)
+        nonfinite.add_(found[1])
+    return loss
+
+
+def _fgm(
+    u: Tensor,
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    u_uncond: Tensor | None,
+    t: Tensor,
+    weight: Tensor | None,
+    lam: float,
+    guidance: float,
+    normalize: str | None,
+    reduction: str,
+) -> Any:
+    """Operands not yet checked to the loss and the number of samples left out."""
+    check_samples(u, "u")
+    for name, value in (("v", v), ("x0", x0), ("noise", noise)):
+        check_like(value, name, u)
+    if u_uncond is not None:
+        check_like(u_uncond, "u_uncond", u)
     check_batch_vector(t, "t", u)
     if weight is not None:
         check_batch_vector(weight, "weight", u)
     if normalize is not None:
         check_choice(normalize, "normalize", ("sid",))
-    if nonfinite is not None:
-        _check_counter(nonfinite, u)
     check_choice(reduction, "reduction", REDUCTIONS)
-    sid, lam = normalize is not None, as_number(lam, "lam")
-    guidance = 1.0 if u_uncond is None else as_number(guidance, "guidance")
-    backend = _library.choose(
-        "fgm",
-        u.device,
-        (same or kernels_read_samples(u, v, x0, noise, u_uncond))
-        and kernels_read_samples(weight)
-        and not needs_grad(weight),
-    )
+    lam, guidance = as_number(lam, "lam"), as_number(guidance, "guidance")
+    sid = normalize is not None
+    served = kernels_read_samples(u, v, x0, noise, u_uncond, weight) and not needs_grad(weight)
+    backend = _library.choose("fgm", u.device, served)
     if backend == "reference":
-        loss, skipped = reference.fgm(
-            u, v, x0, noise, t, weight, u_uncond, lam, guidance, sid, reduction
-        )
-    else:
-        if t.dtype == torch.float64:
-            t = t.float()
-        settings = (lam, guidance, sid, REDUCTIONS.index(reduction))
-        if tracked(u, v, x0, noise, u_uncond, constants=(t, weight)):
-            loss, skipped = FGM(backend, u, v, x0, noise, u_uncond, t, weight, *settings)
-        else:
-            loss, skipped = operators.fgm_forward(
-                backend, u, v, x0, noise, u_uncond, t, weight, *settings, 0
-            )[:2]
-    if nonfinite is not None:
-        nonfinite.add_(skipped)
-    return loss
+        return reference.fgm(u, v, x0, noise, t, weight, u_uncond, lam, guidance, sid, reduction)
+    if t.dtype == torch.float64:
+        t = t.float()
+    operands = (u, v, x0, noise, u_uncond, t, weight, lam, guidance, sid, code_of(reduction))
+    if tracked(u, v, x0, noise, u_uncond, constants=(t, weight)):
+        return FGM(backend, *operands)
+    return operators.fgm_forward(backend, *operands, 0)[:2]
 
 
 def _check_counter(nonfinite: Tensor, like: Tensor) -> None:

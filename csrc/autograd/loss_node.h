@@ -1,17 +1,14 @@
-// flowkernels._nodes: the autograd node of a loss that has its gradients already, in C++.
+// The autograd node of a loss that has its gradients already.
 //
 // An autograd.Function of Python costs some 20 us more for forward and backward than this, and its
 // code more of the caches, where a small loss takes 10 to 50 us altogether. The price: it is built
 // for one version of torch, whose C++ interface changes from one to the next. Where it is not
 // there, ops/_stored.py runs the same loss through a Python function.
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/TracerMode.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
+#pragma once
+
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
@@ -25,7 +22,6 @@
 #include <vector>
 
 namespace flowkernels {
-namespace {
 
 namespace py = pybind11;
 using at::Tensor;
@@ -46,7 +42,7 @@ auto make_node() {
     return c10::make_intrusive<T>();
 }
 
-py::object wrapped(const Tensor& tensor) {
+inline py::object wrapped(const Tensor& tensor) {
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
 }
 
@@ -57,18 +53,22 @@ py::tuple wrapped_all(const Tensors& tensors) {
   return result;
 }
 
-// Whether the stored gradients are right as they stand: grad_output is a 0-d 1 whose memory the
-// host can read. What has no memory (a fake tensor) is a number known to be zero.
-bool is_one(const Tensor& grad_output) {
-  if (grad_output.dim() != 0 || !grad_output.is_cpu() || grad_output.scalar_type() != at::kFloat)
-    return false;
-  // Keys under which a tensor's memory is not its value, or not there to be read.
+// Whether a tensor's memory is its value: under these keys it is not, or not there to be read.
+inline bool is_its_memory(const Tensor& tensor) {
   using c10::DispatchKey;
-  const c10::DispatchKeySet lazy{
+  constexpr c10::DispatchKeySet kLazy{
       DispatchKey::Negative,      DispatchKey::Conjugate,        DispatchKey::ZeroTensor,
       DispatchKey::Functionalize, DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper,
       DispatchKey::Python};
-  if (grad_output.key_set().has_any(lazy)) return false;
+  return !tensor.key_set().has_any(kLazy);
+}
+
+// Whether the stored gradients are right as they stand: grad_output is a 0-d 1 that the host can
+// read. What has no memory (a fake tensor) is a number known to be zero.
+inline bool is_one(const Tensor& grad_output) {
+  if (grad_output.dim() != 0 || !grad_output.is_cpu() || grad_output.scalar_type() != at::kFloat ||
+      !is_its_memory(grad_output))
+    return false;
   const void* memory = grad_output.const_data_ptr();
   return memory != nullptr && *static_cast<const float*>(memory) == 1.f;
 }
@@ -203,97 +203,4 @@ struct LossNode : public Node {
   }
 };
 
-c10::IValue value_of(py::handle argument) {
-  PyObject* object = argument.ptr();
-  if (THPVariable_Check(object)) return THPVariable_Unpack(object);
-  if (argument.is_none()) return {};
-  if (PyBool_Check(object)) return object == Py_True;
-  if (PyLong_Check(object)) return static_cast<int64_t>(PyLong_AsLongLong(object));
-  if (PyFloat_Check(object)) return PyFloat_AsDouble(object);
-  throw py::type_error("a loss's operands are tensors, None, bools, ints and floats");
-}
-
-// Calls a loss's forward operator, (tensors..., settings..., wanted) -> [outputs, kept, gradients],
-// and puts a node behind the first output.
-class Recorder {
- public:
-  Recorder(const std::string& name, std::string title, int64_t differentiable, int64_t tensors,
-           int64_t outputs, int64_t kept, py::object backward)
-      : operation_(c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "")),
-        title_(std::move(title)),
-        differentiable_(differentiable),
-        tensors_(tensors),
-        outputs_(outputs),
-        kept_(kept),
-        backward_(std::move(backward)) {}
-
-  // (backend, *operands). None where somebody may override what operators do, or torch.jit traces.
-  py::object operator()(const py::args& arguments) const {
-    if (at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled())
-      return py::none();
-    torch::jit::Stack stack;
-    stack.reserve(arguments.size());
-    for (size_t i = 1; i < arguments.size(); ++i) {
-      if (THPVariable_Check(arguments[i].ptr()) && !THPVariable_CheckExact(arguments[i].ptr()))
-        return py::none();
-      stack.push_back(value_of(arguments[i]));
-    }
-    auto node = make_node<LossNode>();
-    Computation& computation = *node->computation;
-    bool stores = true;
-    for (int64_t i = 0; i < differentiable_; ++i) {
-      const bool needed = stack[i].isTensor() && stack[i].toTensor().requires_grad();
-      node->add_next_edge(needed ? torch::autograd::impl::gradient_edge(stack[i].toTensor())
-                                 : torch::autograd::Edge());
-      computation.wanted |= int64_t{needed} << i;
-      stores &= !needed || stack[i].toTensor().scalar_type() != at::kHalf;
-    }
-    for (int64_t i = 0; i < tensors_; ++i) {
-      computation.present.push_back(stack[i].isTensor());
-      if (stack[i].isTensor()) node->saved->emplace_back(stack[i].toTensor(), /*is_output=*/false);
-    }
-    stack.emplace_back(stores ? computation.wanted : int64_t{0});
-    {
-      const py::gil_scoped_release unlocked;
-      const at::AutoDispatchBelowADInplaceOrView below;
-      operation_.callBoxed(&stack);
-    }
-    std::vector<Tensor> found = stack[0].toTensorVector();
-    for (int64_t i = outputs_; i < outputs_ + kept_; ++i) {
-      computation.present.push_back(true);
-      node->saved->emplace_back(found[i], /*is_output=*/false);
-    }
-    node->stored.assign(found.begin() + outputs_ + kept_, found.end());
-    py::tuple settings(arguments.size() - tensors_);
-    settings[0] = arguments[0];
-    for (size_t i = 1; i < settings.size(); ++i) settings[i] = arguments[tensors_ + i];
-    computation.settings = std::move(settings);
-    computation.backward = backward_;
-    node->title = title_;
-    torch::autograd::set_history(found[0], node);
-    if (outputs_ == 1) return wrapped(found[0]);
-    found.resize(outputs_);
-    return wrapped_all(found);
-  }
-
- private:
-  c10::OperatorHandle operation_;
-  std::string title_;
-  int64_t differentiable_, tensors_, outputs_, kept_;
-  py::object backward_;
-};
-
-}  // namespace
 }  // namespace flowkernels
-
-PYBIND11_MODULE(_nodes, m) {
-  using flowkernels::Recorder;
-  namespace py = pybind11;
-  m.doc() = "The autograd node of losses, for the version of torch it was built with.";
-  py::class_<Recorder>(m, "Recorder")
-      .def(py::init<const std::string&, std::string, int64_t, int64_t, int64_t, int64_t,
-                    py::object>(),
-           py::arg("operator"), py::arg("title"), py::arg("differentiable"), py::arg("tensors"),
-           py::arg("outputs"), py::arg("kept"), py::arg("backward"))
-      .def("__call__", &Recorder::operator());
-}
