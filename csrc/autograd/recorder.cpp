@@ -16,7 +16,12 @@ std::optional<c10::IValue> value_of(PyObject* argument) {
   if (THPVariable_Check(argument)) return THPVariable_Unpack(argument);
   if (argument == Py_None) return c10::IValue();
   if (PyBool_Check(argument)) return argument == Py_True;
-  if (PyLong_Check(argument)) return static_cast<int64_t>(PyLong_AsLongLong(argument));
+  if (PyLong_Check(argument)) {
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(argument, &overflow);
+    if (overflow != 0) return std::nullopt;
+    return static_cast<int64_t>(value);
+  }
   if (PyFloat_Check(argument)) return PyFloat_AsDouble(argument);
   return std::nullopt;
 }
@@ -25,12 +30,10 @@ bool is_kernel_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
-// A tensor that kernels read as it lies, without a tangent of forward mode.
+// A tensor that kernels read as it lies.
 bool is_readable(const Tensor& tensor) {
-  const auto* meta = torch::autograd::impl::get_autograd_meta(tensor);
   return tensor.layout() == at::kStrided && is_its_memory(tensor) &&
-         is_kernel_dtype(tensor.scalar_type()) && tensor.is_contiguous() &&
-         !(meta && meta->fw_grad_);
+         is_kernel_dtype(tensor.scalar_type()) && tensor.is_contiguous();
 }
 
 // Calls a loss's forward operator, (tensors..., settings..., wanted) -> [outputs, kept, gradients],

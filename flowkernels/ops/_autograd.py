@@ -26,10 +26,15 @@ _TRANSFORM_ERROR = (
 )
 
 
+def in_forward_mode() -> bool:
+    """Inside ``torch.autograd.forward_ad.dual_level()``: a tensor may have a tangent."""
+    return forward_ad._current_level >= 0
+
+
 def refuse_transforms(args: tuple[Any, ...]) -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_TRANSFORM_ERROR)
-    if forward_ad._current_level >= 0 and any(
+    if in_forward_mode() and any(
         isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
     ):
         raise RuntimeError(_TRANSFORM_ERROR)

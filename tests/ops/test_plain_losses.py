@@ -131,6 +131,13 @@ def test_settings_of_another_type_are_left_to_python(setting):
     assert fgm(*inputs, **setting) is None
 
 
+def test_ints_of_any_size():
+    inputs = operands()
+    assert torch.equal(losses.fgm(*inputs, T, lam=2**63), losses.fgm(*inputs, T, lam=2.0**63))
+    with pytest.raises(TypeError, match="x0: got int"):
+        losses.flow_matching(inputs[0], 10**20, inputs[2])
+
+
 @pytest.mark.parametrize("name", flowkernels.ops._library.BACKENDS)
 def test_a_forced_backend_is_left_to_python(name):
     with flowkernels.backend(name):
@@ -172,6 +179,12 @@ def test_tangents_and_transforms_are_refused(place):
             losses.flow_matching(*dual[:3])
         with pytest.raises(RuntimeError, match="reverse-mode"):
             losses.fgm(*inputs, forward_ad.make_dual(T, T))
+    with forward_ad.dual_level():
+        base = torch.zeros(BATCH, 3, 11)
+        view = base[:]  # has its tangent when somebody asks
+        base.copy_(forward_ad.make_dual(inputs[0], inputs[0]))
+        with pytest.raises(RuntimeError, match="reverse-mode"):
+            losses.flow_matching(view, *inputs[1:3])
     for transform in (torch.func.grad, torch.func.vmap):
         # Of another argument: the operands themselves are no wrapped ones.
         with pytest.raises(RuntimeError, match="reverse-mode"):
