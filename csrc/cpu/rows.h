@@ -175,7 +175,7 @@ FK_INLINE T* typed_target(char* target, DType dtype, float* scratch, bool stream
 
 // From here on a result goes to memory past the caches, which would not hold it until it is read:
 // a store that goes through them reads what it is about to overwrite. Measured with a last level of
-// 32 MiB: at 12 MiB an operator and the product that reads its result gain, at 8 MiB they lose.
+// 32 MiB: a norm and the product that reads its result gain together at 12 MiB, lose at 8.
 constexpr int64_t kStreamedBytes = int64_t{12} << 20;
 
 FK_INLINE void stream_row(const void* source, char* target, int64_t bytes) {

@@ -68,8 +68,8 @@ class StoredLoss:
 
         Which is: those that have a gradient are tensors of one kernel dtype, shape and device, the
         others vectors [B] that ask for none, all contiguous, settings are numbers, no backend is
-        forced and no tangents are about. C++ finds that out in a fifth of the time that the checks
-        in Python take, which say what is wrong.
+        forced and no tangents are about. C++ finds that out; the checks in Python, which say what
+        is wrong, take some 3 µs more.
         """
         if torch.compiler.is_compiling() or self._record_plain is None or _library.forced():
             return None

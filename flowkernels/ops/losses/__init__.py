@@ -17,7 +17,7 @@ from flowkernels.ops._samples import (
     kernels_read_samples,
     tracked,
 )
-from flowkernels.ops._validate import as_number, check_choice
+from flowkernels.ops._validate import as_number, check_choice, check_tensor
 from flowkernels.ops.losses import _operators as operators
 from flowkernels.ops.losses import reference
 from flowkernels.ops.losses._autograd import FGM, FLOW_MATCHING
@@ -64,17 +64,7 @@ def flow_matching(
         >>> flow_matching(noise - x0 + 0.5, x0, noise)
         tensor(0.2500)
     """
-    operands = (v, x0, noise, None, weight, code_of(reduction))
-    plain: Tensor | None = FLOW_MATCHING.plain("flow_matching", *operands)
-    if plain is not None:
-        return plain
-    check_samples(v, "v")
-    check_like(x0, "x0", v)
-    check_like(noise, "noise", v)
-    check_choice(reduction, "reduction", REDUCTIONS)
-    if weight is not None:
-        check_batch_vector(weight, "weight", v)
-    return _residual_loss("flow_matching", v, x0, noise, None, weight, reduction)
+    return _residual_loss("flow_matching", ("x0", "noise"), v, x0, noise, None, weight, reduction)
 
 
 def straightening(
@@ -121,23 +111,14 @@ def straightening(
         >>> straightening(v, x_start, x_end, dt)
         tensor(0.)
     """
-    if dt is not None:
-        operands = (v, x_start, x_end, dt, weight, code_of(reduction))
-        plain: Tensor | None = FLOW_MATCHING.plain("straightening", *operands)
-        if plain is not None:
-            return plain
-    check_samples(v, "v")
-    check_like(x_start, "x_start", v)
-    check_like(x_end, "x_end", v)
-    check_batch_vector(dt, "dt", v)
-    check_choice(reduction, "reduction", REDUCTIONS)
-    if weight is not None:
-        check_batch_vector(weight, "weight", v)
-    return _residual_loss("straightening", v, x_start, x_end, dt, weight, reduction)
+    check_tensor(dt, "dt")
+    names = ("x_start", "x_end")
+    return _residual_loss("straightening", names, v, x_start, x_end, dt, weight, reduction)
 
 
 def _residual_loss(
     name: str,
+    ends: tuple[str, str],
     v: Tensor,
     x0: Tensor,
     noise: Tensor,
@@ -145,7 +126,19 @@ def _residual_loss(
     weight: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """Checked operands to the loss of ``v - (noise - x0)/dt``."""
+    """The loss of ``v - (noise - x0)/dt``; ``ends``: what ``name`` calls x0 and noise."""
+    operands = (v, x0, noise, dt, weight, code_of(reduction))
+    plain: Tensor | None = FLOW_MATCHING.plain(name, *operands)
+    if plain is not None:
+        return plain
+    check_samples(v, "v")
+    check_like(x0, ends[0], v)
+    check_like(noise, ends[1], v)
+    if dt is not None:
+        check_batch_vector(dt, "dt", v)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    if weight is not None:
+        check_batch_vector(weight, "weight", v)
     served = kernels_read_samples(v, x0, noise, weight)
     served = served and not needs_grad(weight) and not needs_grad(dt)
     backend = _library.choose(name, v.device, served)
