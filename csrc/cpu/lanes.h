@@ -3,6 +3,8 @@
 // bfloat16 elements.
 #pragma once
 
+#include <cstdlib>
+
 #include "rows.h"
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
@@ -19,8 +21,10 @@
 
 namespace flowkernels {
 
-// Whether this CPU has them.
+// Whether this CPU has them, and PyTorch has not been told to do without.
 inline bool lanes_supported() {
+  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+  if (capability && std::strcmp(capability, "avx512") != 0) return false;
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
@@ -43,6 +47,39 @@ FK_AVX512 static inline Pair load(const BFloat16* source) {
   const __m512i words = _mm512_loadu_si512(source);
   return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
           _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xffff0000u)))};
+}
+
+// Asks the memory for the lines of a pair.
+template <class T>
+FK_AVX512 static inline void prefetch(const T* source) {
+  for (int64_t i = 0; i < kPair; i += 64 / int64_t{sizeof(T)})
+    _mm_prefetch(reinterpret_cast<const char*>(source + i), _MM_HINT_T0);
+}
+
+// Puts a row of float32 that goes with rows of T into the order of their registers.
+template <class T>
+FK_AVX512 static inline void arrange(float* row, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) return;
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  for (int64_t i = 0; i + kPair <= n; i += kPair) {
+    const Pair x = load(row + i);
+    _mm512_storeu_ps(row + i, _mm512_permutex2var_ps(x.low, even, x.high));
+    _mm512_storeu_ps(row + i + kLanes, _mm512_permutex2var_ps(x.low, odd, x.high));
+  }
+}
+
+// Undoes `arrange`.
+template <class T>
+FK_AVX512 static inline void restore(float* row, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) return;
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int64_t i = 0; i + kPair <= n; i += kPair) {
+    const Pair x = load(row + i);
+    _mm512_storeu_ps(row + i, _mm512_permutex2var_ps(x.low, first, x.high));
+    _mm512_storeu_ps(row + i + kLanes, _mm512_permutex2var_ps(x.low, second, x.high));
+  }
 }
 
 template <bool stream>

@@ -27,7 +27,7 @@ struct Terms {
 // What the second-level cache should have by the time it is read: the memory's own prefetching
 // starts anew with every page. Where results are streamed it takes bandwidth from them.
 template <class T>
-FK_AVX512 inline void prefetch(const T* operand) {
+FK_AVX512 inline void prefetch_ahead(const T* operand) {
   constexpr int64_t kAhead = 1024, kLine = 64;
   const char* address = reinterpret_cast<const char*>(operand) + kAhead;
   for (int64_t i = 0; i < kPair * int64_t{sizeof(T)}; i += kLine)
@@ -36,11 +36,11 @@ FK_AVX512 inline void prefetch(const T* operand) {
 
 template <bool teacher, bool guided, class T>
 FK_AVX512 inline void prefetch_operands(const LossRow<T>& r, int64_t i) {
-  prefetch(r.v + i);
-  prefetch(r.noise + i);
-  prefetch(r.x0 + i);
-  if constexpr (teacher) prefetch(r.u + i);
-  if constexpr (guided) prefetch(r.uncond + i);
+  prefetch_ahead(r.v + i);
+  prefetch_ahead(r.noise + i);
+  prefetch_ahead(r.x0 + i);
+  if constexpr (teacher) prefetch_ahead(r.u + i);
+  if constexpr (guided) prefetch_ahead(r.uncond + i);
 }
 
 template <bool teacher, bool guided, class T>

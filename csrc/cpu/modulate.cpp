@@ -109,12 +109,7 @@ FK_INLINE const NormRows* own_rows(const NormForward& a) {
 
 FK_INLINE bool streamed(const NormForward& a) {
   const int64_t size = element_size(a.input.dtype);
-  const auto aligned = [](const View& view) {
-    const int64_t line = 64 / element_size(view.dtype);
-    return reinterpret_cast<uintptr_t>(view.data) % 64 == 0 && view.batch_stride % line == 0 &&
-           view.row_stride % line == 0;
-  };
-  return elements_of(a.extent) * size >= kStreamedBytes && aligned(a.y) && aligned(a.h);
+  return elements_of(a.extent) * size >= kStreamedBytes && in_lines(a.y) && in_lines(a.h);
 }
 
 }  // namespace

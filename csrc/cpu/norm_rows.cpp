@@ -117,19 +117,6 @@ FK_AVX512 Moments moments(const char* source, int64_t n, bool centred) {
   return {mean, variance < 0.f ? 0.f : variance};
 }
 
-template <class T>
-FK_AVX512 void arrange(float* factors, int64_t n) {
-  if constexpr (std::is_same_v<T, float>) return;
-  for (int64_t i = 0; i + kPair <= n; i += kPair) {
-    float odd[kLanes];
-    for (int64_t k = 0; k < kLanes; ++k) {
-      odd[k] = factors[i + 2 * k + 1];
-      factors[i + k] = factors[i + 2 * k];
-    }
-    std::memcpy(factors + i + kLanes, odd, sizeof(odd));
-  }
-}
-
 template <bool stream, class T>
 FK_AVX512 inline void normed_row(const NormedRow& row, int64_t n, float mean, float rstd) {
   const T *x = reinterpret_cast<const T*>(row.x), *next = reinterpret_cast<const T*>(row.next);
@@ -138,10 +125,7 @@ FK_AVX512 inline void normed_row(const NormedRow& row, int64_t n, float mean, fl
   const __m512 means = _mm512_set1_ps(mean), rstds = _mm512_set1_ps(rstd);
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
-    if constexpr (stream) {
-      __builtin_prefetch(next + i);
-      if constexpr (sizeof(T) == 4) __builtin_prefetch(next + i + kLanes);
-    }
+    prefetch(next + i);
     const Pair at = load(x + i), m = load(multiplier + i), a = load(addend + i);
     const __m512 low = _mm512_mul_ps(_mm512_sub_ps(at.low, means), rstds);
     const __m512 high = _mm512_mul_ps(_mm512_sub_ps(at.high, means), rstds);

@@ -17,8 +17,8 @@ struct GatedRow {
   bool stream;
 };
 
-// y = (x - mean) * rstd * multiplier + addend. Where results are streamed the memory is asked for
-// the row that is read after this one while this one is written; it need not exist.
+// y = (x - mean) * rstd * multiplier + addend. While it is written the memory is asked for the row
+// that is read after this one; it need not exist.
 struct NormedRow {
   const char *x, *next;
   const float *multiplier, *addend;  // arranged
