@@ -2,22 +2,11 @@
 
 #include <algorithm>
 
-#include "vector_math.h"
+#include "activation_math.h"
+#include "activation_rows.h"
 
 namespace flowkernels {
 namespace {
-
-constexpr float kSqrtTwoOverPi = 0.7978845608f;
-constexpr float kCubic = 0.044715f;
-
-FK_INLINE float gelu_argument(float u) {  // 2 z
-  return 2.f * kSqrtTwoOverPi * (u + kCubic * u * u * u);
-}
-
-FK_INLINE float gelu_gate(float u) { return vector_sigmoid(gelu_argument(u)); }
-
-// Keeps s e, with s = 1 / (1 + e), from being 0 times infinity. NaN stays NaN.
-FK_INLINE float finite(float e) { return e > 1e30f ? 1e30f : e; }
 
 // Row `index` of [batch, rows, columns].
 struct Position {
@@ -38,6 +27,7 @@ FK_INLINE const float* biased_row(const Activation& a, Position at, const float*
 }  // namespace
 
 FK_CLONES void gelu_tanh_forward(const Activation& a, int64_t begin, int64_t end) {
+  if (own_gelu_tanh_forward(a, begin, end)) return;
   const int64_t n = a.columns;
   Scratch scratch(3, n);
   const float* bias = a.bias ? load_row(a.bias.data, a.bias.dtype, scratch[0], n) : nullptr;
@@ -52,9 +42,8 @@ FK_CLONES void gelu_tanh_forward(const Activation& a, int64_t begin, int64_t end
   }
 }
 
-// With s = sigmoid(2 z): d/du (u s) = s + u s (1 - s) 2 z', z' = sqrt(2/pi) (1 + 3 c u^2).
-// 1 - s is s e^(-2z), since the difference loses every digit where s is near 1.
 FK_CLONES void gelu_tanh_backward(const Activation& a, int64_t begin, int64_t end) {
+  if (own_gelu_tanh_backward(a, begin, end)) return;
   const int64_t n = a.columns, total = a.batch * a.rows;
   Scratch scratch(4, n);
   const float* bias = a.bias ? load_row(a.bias.data, a.bias.dtype, scratch[0], n) : nullptr;
@@ -69,14 +58,7 @@ FK_CLONES void gelu_tanh_backward(const Activation& a, int64_t begin, int64_t en
       char* target = a.out ? a.out.row(at.b, at.s) : nullptr;
       float* dx = target ? target_row(target, a.out.dtype, scratch[3]) : scratch[3];
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        // Beyond 20 the derivative is 0 or 1 to every digit, and the cubic would overflow.
-        const float x = u[i] < -20.f ? -20.f : (u[i] > 20.f ? 20.f : u[i]);
-        const float e = vector_exp(-gelu_argument(x));
-        const float s = 1.f / (1.f + e);
-        const float slope = 2.f * kSqrtTwoOverPi * (1.f + 3.f * kCubic * x * x);
-        dx[i] = g[i] * (s + x * s * (s * finite(e)) * slope);
-      }
+      for (int64_t i = 0; i < n; ++i) dx[i] = g[i] * gelu_slope(u[i]);
       if (partial) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) partial[i] += dx[i];
@@ -87,6 +69,7 @@ FK_CLONES void gelu_tanh_backward(const Activation& a, int64_t begin, int64_t en
 }
 
 FK_CLONES void swiglu_forward(const Activation& a, int64_t begin, int64_t end) {
+  if (own_swiglu_forward(a, begin, end)) return;
   const int64_t n = a.columns;
   Scratch scratch(2, 2 * n);
   for (int64_t index = begin; index < end; ++index) {
@@ -100,8 +83,8 @@ FK_CLONES void swiglu_forward(const Activation& a, int64_t begin, int64_t end) {
   }
 }
 
-// With s = sigmoid(a): d(a s b)/da = b s (1 + a (1 - s)), d/db = a s; 1 - s is s e^(-a).
 FK_CLONES void swiglu_backward(const Activation& a, int64_t begin, int64_t end) {
+  if (own_swiglu_backward(a, begin, end)) return;
   const int64_t n = a.columns;
   Scratch scratch(3, 2 * n);
   for (int64_t index = begin; index < end; ++index) {
@@ -111,12 +94,7 @@ FK_CLONES void swiglu_backward(const Activation& a, int64_t begin, int64_t end) 
     char* target = a.out.row(at.b, at.s);
     float* dx = target_row(target, a.out.dtype, scratch[2]);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const float e = vector_exp(-x[i]);
-      const float s = 1.f / (1.f + e);
-      dx[i] = g[i] * x[n + i] * s * (1.f + x[i] * (s * finite(e)));
-      dx[n + i] = g[i] * x[i] * s;
-    }
+    for (int64_t i = 0; i < n; ++i) swiglu_slopes(x[i], x[n + i], g[i], dx[i], dx[n + i]);
     store_row(dx, target, a.out.dtype, 2 * n);
   }
 }

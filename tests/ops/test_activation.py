@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
+import flowkernels
+from flowkernels.ops import _library, gelu_tanh, swiglu
 from tests.checks import OpChecks
 from tests.checks.cases import activation
+
+NATIVE = pytest.mark.skipif(
+    _library.why_off("gelu_tanh", "native", "cpu") is not None, reason="needs the native library"
+)
+SIZES = (0.0, 1e-40, 1e-6, 0.1, 1, 5, 9, 10, 13, 20, 50, 87, 90, 110, 1e3, 1e10, 1e20, 1e30, 3e38)
 
 
 class TestGeluTanh(OpChecks):
@@ -12,3 +22,36 @@ class TestGeluTanh(OpChecks):
 
 class TestSwiGLU(OpChecks):
     case = activation.SWIGLU
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_of_any_size(dtype: torch.dtype):
+    """Where exp overflows or vanishes; rows longer than the registers, with a rest."""
+    x = torch.tensor([sign * size for size in SIZES for sign in (1, -1)]).repeat(3, 1).to(dtype)
+    other = torch.full_like(x, 0.75)
+    for op, operands in ((gelu_tanh, (x,)), (swiglu, (torch.cat([x, other], -1),))):
+        found = {}
+        for name in ("native", "reference"):
+            with flowkernels.backend(name):
+                wide = torch.float64 if name == "reference" else dtype
+                leaf = operands[0].to(wide).requires_grad_()
+                y = op(leaf)
+                found[name] = [y, *torch.autograd.grad(y, leaf, torch.ones_like(y))]
+        for mine, truth in zip(found["native"], found["reference"], strict=True):
+            tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+            truth = truth.nan_to_num(nan=0.0)  # float64 has 0 times infinity where 1e300 is met
+            torch.testing.assert_close(mine.double(), truth, rtol=tolerance, atol=1e-6)
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_not_finite(dtype: torch.dtype):
+    """As PyTorch has it, in the registers' part of a row and in the rest."""
+    x = torch.randn(2, 45).to(dtype)
+    x[:, 3::40], x[0, 7::30], x[1, 7::30] = float("nan"), float("inf"), float("-inf")
+    with flowkernels.backend("native"):
+        y = gelu_tanh(x)
+    expected = torch.nn.functional.gelu(x.float(), approximate="tanh").to(dtype)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())

@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short")
 VALUES = (
     "agrees or strided or edge or nan_stays or every_element or repeats or alone or caches "
-    "or rounding or far_from"
+    "or rounding or far_from or any_size or finite"
 )
 
 
-@pytest.mark.parametrize("module", ["test_modulate", "test_losses"])
+@pytest.mark.parametrize("module", ["test_activation", "test_modulate", "test_losses"])
 def test_portable_loops(module: str):
     run = subprocess.run(
         [*PYTEST, f"tests/ops/{module}.py", "-k", VALUES],
