@@ -125,3 +125,20 @@ def test_the_next_batch_is_contiguous_whatever_the_velocity_is(backend):
     torch.testing.assert_close(found, expected)
     assert torch.equal(twice, torch.cat([found, found]))
     assert twice.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [1 << 20, (1 << 20) + 7])
+def test_results_that_pass_by_the_caches(dtype: torch.dtype, elements: int):
+    """Large ones are written otherwise: rows of whole cache lines, with a rest, unaligned."""
+    if _library.why_off("euler_step", "native", "cpu") is not None:
+        pytest.skip("needs the native library")
+    torch.manual_seed(0)
+    x, v, uncond = torch.randn(3, 13, elements // (dtype.itemsize // 2)).to(dtype)
+    dt = torch.linspace(-0.5, -0.1, 13)
+    found = {}
+    for name in ("native", "reference"):
+        with flowkernels.backend(name):
+            found[name] = euler_step(x, v, dt, v_uncond=uncond, guidance=3.5)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found["native"], found["reference"], rtol=tolerance, atol=tolerance)
