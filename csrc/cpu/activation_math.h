@@ -15,7 +15,7 @@ FK_INLINE float gelu_argument(float u) {  // 2 z
 FK_INLINE float gelu_gate(float u) { return vector_sigmoid(gelu_argument(u)); }
 
 // Keeps s e, with s = 1 / (1 + e), from being 0 times infinity. NaN stays NaN.
-FK_INLINE float finite(float e) { return e > 1e30f ? 1e30f : e; }
+FK_INLINE float finite(float e) { return e > 3e38f ? 3e38f : e; }
 
 // With s = sigmoid(2 z): d/du (u s) = s + u s (1 - s) 2 z', z' = sqrt(2/pi) (1 + 3 c u^2).
 // 1 - s is s e^(-2z), since the difference loses every digit where s is near 1.
@@ -33,8 +33,9 @@ FK_INLINE void swiglu_slopes(float a, float b, float g, float& of_a, float& of_b
   const float e = vector_exp(-a);
   const float s = 1.f / (1.f + e);
   const float bounded = a > 88.f ? 88.f : a;  // beyond, e is no longer as small as it should be
-  of_a = g * b * s * (1.f + bounded * (s * finite(e)));
-  of_b = g * a * s;
+  const float gs = g * s;                     // first: s may be 0 where g a overflows
+  of_a = gs * b * (1.f + bounded * (s * finite(e)));
+  of_b = gs * a;
 }
 
 }  // namespace flowkernels

@@ -44,7 +44,7 @@ struct Sigmoid {
 FK_AVX512 inline Sigmoid sigmoid16(__m512 x) {
   const __m512 e = exp16(negative(x));
   const __m512 s = _mm512_div_ps(both(1.f), _mm512_add_ps(both(1.f), e));
-  return {s, _mm512_mul_ps(s, _mm512_min_ps(both(1e30f), e))};
+  return {s, _mm512_mul_ps(s, _mm512_min_ps(both(3e38f), e))};
 }
 
 FK_AVX512 inline __m512 gelu16(__m512 u) {
@@ -165,8 +165,8 @@ struct Halves {
 
 FK_AVX512 inline Halves swiglu_slopes16(__m512 a, __m512 b, __m512 g) {
   const Sigmoid at = sigmoid16(a);
-  const __m512 gs = _mm512_mul_ps(g, at.s);
-  return {_mm512_mul_ps(_mm512_mul_ps(gs, b), _mm512_fmadd_ps(a, at.rest, both(1.f))),
+  const __m512 gs = _mm512_mul_ps(g, at.s), bounded = _mm512_min_ps(both(88.f), a);
+  return {_mm512_mul_ps(_mm512_mul_ps(gs, b), _mm512_fmadd_ps(bounded, at.rest, both(1.f))),
           _mm512_mul_ps(gs, a)};
 }
 

@@ -46,7 +46,7 @@ inline ScalarType promote(ScalarType a, const OptionalTensor& b) {
 
 // Asks for huge pages under a result that malloc maps anew each time, as it does from 32 MiB on:
 // its first touch then faults once in 2 MiB, not once in 4 KiB. Smaller ones keep their pages.
-inline void ask_for_huge_pages(const Tensor& result) {
+inline void ask_for_huge_pages([[maybe_unused]] const Tensor& result) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
   constexpr int64_t kAlwaysMapped = int64_t{32} << 20;

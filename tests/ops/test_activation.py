@@ -27,7 +27,7 @@ class TestSwiGLU(OpChecks):
 @NATIVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_of_any_size(dtype: torch.dtype):
-    """Where exp overflows or vanishes; rows longer than the registers, with a rest."""
+    """Where exp overflows or vanishes, g a too; rows longer than the registers, with a rest."""
     x = torch.tensor([sign * size for size in SIZES for sign in (1, -1)]).repeat(3, 1).to(dtype)
     other = torch.full_like(x, 0.75)
     for op, operands in ((gelu_tanh, (x,)), (swiglu, (torch.cat([x, other], -1),))):
@@ -37,11 +37,12 @@ def test_values_of_any_size(dtype: torch.dtype):
                 wide = torch.float64 if name == "reference" else dtype
                 leaf = operands[0].to(wide).requires_grad_()
                 y = op(leaf)
-                found[name] = [y, *torch.autograd.grad(y, leaf, torch.ones_like(y))]
+                found[name] = [y, *torch.autograd.grad(y, leaf, torch.full_like(y, 8.0))]
         for mine, truth in zip(found["native"], found["reference"], strict=True):
             tolerance = 2e-5 if dtype == torch.float32 else 1e-2
-            truth = truth.nan_to_num(nan=0.0)  # float64 has 0 times infinity where 1e300 is met
-            torch.testing.assert_close(mine.double(), truth, rtol=tolerance, atol=1e-6)
+            # float64 has 0 times infinity where 1e300 is met; 8 times 3e38 is infinite in ours.
+            truth = truth.masked_fill(truth.isnan(), 0.0).to(dtype)
+            torch.testing.assert_close(mine, truth, rtol=tolerance, atol=1e-6)
 
 
 @NATIVE
@@ -55,3 +56,13 @@ def test_not_finite(dtype: torch.dtype):
     expected = torch.nn.functional.gelu(x.float(), approximate="tanh").to(dtype)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.isinf(), expected.isinf())
+
+
+@NATIVE
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), -85.0, 3e38, -3e38])
+def test_a_value_has_one_gradient_wherever_it_stands(value: float):
+    x = torch.cat([torch.full((45,), value), torch.full((45,), 2.0)]).requires_grad_()
+    with flowkernels.backend("native"):
+        (found,) = torch.autograd.grad(swiglu(x), x, torch.full((45,), 10.0))
+    for half in found.chunk(2):
+        torch.testing.assert_close(half, half[:1].expand(45), rtol=1e-5, atol=0, equal_nan=True)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short")
 VALUES = (
     "agrees or strided or edge or nan_stays or every_element or repeats or alone or caches "
-    "or rounding or far_from or any_size or finite"
+    "or rounding or far_from or any_size or finite or wherever"
 )
 
 
