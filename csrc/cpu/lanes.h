@@ -24,7 +24,8 @@ namespace flowkernels {
 // Whether this CPU has them, and PyTorch has not been told to do without.
 inline bool lanes_supported() {
   const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
-  if (capability && std::strcmp(capability, "avx512") != 0) return false;
+  for (const char* lesser : {"avx2", "default"})
+    if (capability && std::strcmp(capability, lesser) == 0) return false;
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
@@ -56,17 +57,21 @@ FK_AVX512 static inline void prefetch(const T* source) {
     _mm_prefetch(reinterpret_cast<const char*>(source + i), _MM_HINT_T0);
 }
 
+// Each pair's first and second half, from the places that are named.
+FK_AVX512 static inline void permute(float* row, int64_t n, __m512i first, __m512i second) {
+  for (int64_t i = 0; i + kPair <= n; i += kPair) {
+    const Pair x = load(row + i);
+    _mm512_storeu_ps(row + i, _mm512_permutex2var_ps(x.low, first, x.high));
+    _mm512_storeu_ps(row + i + kLanes, _mm512_permutex2var_ps(x.low, second, x.high));
+  }
+}
+
 // Puts a row of float32 that goes with rows of T into the order of their registers.
 template <class T>
 FK_AVX512 static inline void arrange(float* row, int64_t n) {
   if constexpr (std::is_same_v<T, float>) return;
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  for (int64_t i = 0; i + kPair <= n; i += kPair) {
-    const Pair x = load(row + i);
-    _mm512_storeu_ps(row + i, _mm512_permutex2var_ps(x.low, even, x.high));
-    _mm512_storeu_ps(row + i + kLanes, _mm512_permutex2var_ps(x.low, odd, x.high));
-  }
+  permute(row, n, even, _mm512_add_epi32(even, _mm512_set1_epi32(1)));
 }
 
 // Undoes `arrange`.
@@ -74,12 +79,7 @@ template <class T>
 FK_AVX512 static inline void restore(float* row, int64_t n) {
   if constexpr (std::is_same_v<T, float>) return;
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  for (int64_t i = 0; i + kPair <= n; i += kPair) {
-    const Pair x = load(row + i);
-    _mm512_storeu_ps(row + i, _mm512_permutex2var_ps(x.low, first, x.high));
-    _mm512_storeu_ps(row + i + kLanes, _mm512_permutex2var_ps(x.low, second, x.high));
-  }
+  permute(row, n, first, _mm512_add_epi32(first, _mm512_set1_epi32(8)));
 }
 
 template <bool stream>

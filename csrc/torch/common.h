@@ -44,15 +44,15 @@ inline ScalarType promote(ScalarType a, const OptionalTensor& b) {
   return b ? promote(a, b->scalar_type()) : a;
 }
 
-// Asks for huge pages under a result that malloc maps anew each time, as it does from 32 MiB on:
-// its first touch then faults once in 2 MiB, not once in 4 KiB. Smaller ones keep their pages.
+// Asks for huge pages under a result that malloc mostly maps anew, as it does from 32 MiB on: its
+// first touch then faults once in 2 MiB, not once in 4 KiB. Smaller ones mostly keep their pages.
 inline void ask_for_huge_pages([[maybe_unused]] const Tensor& result) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  constexpr int64_t kAlwaysMapped = int64_t{32} << 20;
+  constexpr int64_t kMapped = int64_t{32} << 20;
   int64_t bytes = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(result.get(), &bytes));
-  if (bytes < kAlwaysMapped) return;
+  if (bytes < kMapped) return;
   const auto address = reinterpret_cast<uintptr_t>(result.data_ptr());
   const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
