@@ -121,6 +121,12 @@ def _verify(calls: dict[str, Call], v: Tensor, x: Tensor, times: Tensor) -> dict
     return errors
 
 
+def _step_inputs(random: Random, shape: tuple[int, ...]) -> list[Tensor]:
+    """The velocity before is an earlier step's result: float32 whatever the model's dtype."""
+    x, v, v_uncond, previous = (random.normal(*shape) for _ in range(4))
+    return [x, v, v_uncond, previous.float()]
+
+
 def _step(x: Tensor, v: Tensor, v_uncond: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
     found = bellman_step(x, v, DT, previous, v_uncond=v_uncond, guidance=GUIDANCE)
     assert found[2] is not None
@@ -129,12 +135,12 @@ def _step(x: Tensor, v: Tensor, v_uncond: Tensor, previous: Tensor) -> tuple[Ten
 
 def _eager_step(x: Tensor, v: Tensor, v_uncond: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
     velocity = v_uncond.float() + GUIDANCE * (v.float() - v_uncond.float())
-    return (x + DT * velocity).to(x.dtype), velocity, velocity - previous.float()
+    return (x + DT * velocity).to(x.dtype), velocity, velocity - previous
 
 
 STEP = Operation(
     name="bellman_step_guided", family="step",
-    make=lambda random, shape: [random.normal(*shape) for _ in range(4)],
+    make=_step_inputs,
     ours=_step, eager=_eager_step, names=("x", "v", "v_uncond", "previous"),
 )  # fmt: skip
 

@@ -50,36 +50,15 @@ FK_AVX512 static inline Pair load(const BFloat16* source) {
           _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xffff0000u)))};
 }
 
+FK_AVX512 static inline Pair difference(const Pair& a, const Pair& b) {
+  return {_mm512_sub_ps(a.low, b.low), _mm512_sub_ps(a.high, b.high)};
+}
+
 // Asks the memory for the lines of a pair.
 template <class T>
 FK_AVX512 static inline void prefetch(const T* source) {
   for (int64_t i = 0; i < kPair; i += 64 / int64_t{sizeof(T)})
     _mm_prefetch(reinterpret_cast<const char*>(source + i), _MM_HINT_T0);
-}
-
-// Each pair's first and second half, from the places that are named.
-FK_AVX512 static inline void permute(float* row, int64_t n, __m512i first, __m512i second) {
-  for (int64_t i = 0; i + kPair <= n; i += kPair) {
-    const Pair x = load(row + i);
-    _mm512_storeu_ps(row + i, _mm512_permutex2var_ps(x.low, first, x.high));
-    _mm512_storeu_ps(row + i + kLanes, _mm512_permutex2var_ps(x.low, second, x.high));
-  }
-}
-
-// Puts a row of float32 that goes with rows of T into the order of their registers.
-template <class T>
-FK_AVX512 static inline void arrange(float* row, int64_t n) {
-  if constexpr (std::is_same_v<T, float>) return;
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  permute(row, n, even, _mm512_add_epi32(even, _mm512_set1_epi32(1)));
-}
-
-// Undoes `arrange`.
-template <class T>
-FK_AVX512 static inline void restore(float* row, int64_t n) {
-  if constexpr (std::is_same_v<T, float>) return;
-  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  permute(row, n, first, _mm512_add_epi32(first, _mm512_set1_epi32(8)));
 }
 
 template <bool stream>
@@ -94,6 +73,37 @@ template <bool stream>
 FK_AVX512 static inline void store(const Pair& x, float* target) {
   put<stream>(_mm512_castps_si512(x.low), target);
   put<stream>(_mm512_castps_si512(x.high), target + kLanes);
+}
+
+// A pair of float32 that goes with rows of T: from the order of memory to that of T's registers.
+template <class T>
+FK_AVX512 static inline Pair arranged(const Pair& x) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {_mm512_permutex2var_ps(x.low, even, x.high), _mm512_permutex2var_ps(x.low, odd, x.high)};
+}
+
+// Undoes `arranged`.
+template <class T>
+FK_AVX512 static inline Pair restored(const Pair& x) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  return {_mm512_permutex2var_ps(x.low, first, x.high),
+          _mm512_permutex2var_ps(x.low, second, x.high)};
+}
+
+template <class T>
+FK_AVX512 static inline void arrange(float* row, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) return;
+  for (int64_t i = 0; i + kPair <= n; i += kPair) store<false>(arranged<T>(load(row + i)), row + i);
+}
+
+template <class T>
+FK_AVX512 static inline void restore(float* row, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) return;
+  for (int64_t i = 0; i + kPair <= n; i += kPair) store<false>(restored<T>(load(row + i)), row + i);
 }
 
 // The instruction that rounds takes subnormal numbers for zeros and keeps the payload of a NaN;

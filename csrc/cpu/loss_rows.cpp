@@ -7,10 +7,6 @@ namespace flowkernels {
 #ifdef FK_HAS_LANES
 namespace {
 
-FK_AVX512 inline Pair difference(const Pair& a, const Pair& b) {
-  return {_mm512_sub_ps(a.low, b.low), _mm512_sub_ps(a.high, b.high)};
-}
-
 // a + b * c
 FK_AVX512 inline Pair sum(const Pair& a, const Pair& b, __m512 c) {
   return {_mm512_fmadd_ps(b.low, c, a.low), _mm512_fmadd_ps(b.high, c, a.high)};

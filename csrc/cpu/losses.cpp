@@ -5,11 +5,6 @@
 namespace flowkernels {
 namespace {
 
-template <class T>
-FK_INLINE T* in_place(const View& view, int64_t sample, int64_t first) {
-  return view ? reinterpret_cast<T*>(element(view, sample, first)) : nullptr;
-}
-
 // Every gradient is a combination of d and e: weights of the two, for each output.
 struct Combination {
   View output;
@@ -25,8 +20,7 @@ FK_INLINE void take_gradients(LossRow<T>& row, const Combination (&outputs)[kCou
     if (each.output)
       row.gradients[row.wanted++] = {in_place<T>(each.output, item.sample, first), each.of_d,
                                      each.of_e};
-  for (int64_t k = 0; k < row.wanted; ++k)
-    row.stream &= reinterpret_cast<uintptr_t>(row.gradients[k].out) % 64 == 0;
+  for (int64_t k = 0; k < row.wanted; ++k) row.stream &= starts_line(row.gradients[k].out);
 }
 
 // The sum of an item in the CPU's own instructions; `row_at` gives the operands from an element on.

@@ -35,8 +35,7 @@ FK_INLINE const float* operand_row(const View& view, int64_t b, int64_t s, float
 // Whether every row begins with a cache line.
 FK_INLINE bool in_lines(const View& view) {
   const int64_t line = 64 / element_size(view.dtype);
-  return reinterpret_cast<uintptr_t>(view.data) % 64 == 0 && view.batch_stride % line == 0 &&
-         view.row_stride % line == 0;
+  return starts_line(view.data) && view.batch_stride % line == 0 && view.row_stride % line == 0;
 }
 
 }  // namespace flowkernels

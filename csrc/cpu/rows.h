@@ -178,6 +178,11 @@ FK_INLINE T* typed_target(char* target, DType dtype, float* scratch, bool stream
 // 32 MiB: a norm and the product that reads its result gain together at 12 MiB, lose at 8.
 constexpr int64_t kStreamedBytes = int64_t{12} << 20;
 
+// Whether a whole line can be stored here at once.
+FK_INLINE bool starts_line(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 64 == 0;
+}
+
 FK_INLINE void stream_row(const void* source, char* target, int64_t bytes) {
   int64_t i = 0;
 #ifdef __SSE2__

@@ -40,6 +40,12 @@ FK_INLINE const float* load(const View& view, int64_t sample, int64_t index, flo
   return load_row(element(view, sample, index), view.dtype, scratch, n);
 }
 
+// Elements of a sample where they lie; null where there is no tensor.
+template <class T>
+FK_INLINE T* in_place(const View& view, int64_t sample, int64_t first) {
+  return view ? reinterpret_cast<T*>(element(view, sample, first)) : nullptr;
+}
+
 // What a range of the contiguous order holds of one sample: many small ones share a block.
 struct Segment {
   int64_t sample, first, count;

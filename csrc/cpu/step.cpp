@@ -9,13 +9,14 @@ namespace {
 
 template <class T>
 FK_INLINE void own_step(const EulerStep& a, const Segment& at, StepRows<T> own, bool stream) {
-  const auto in_place = [&](const View& view) FK_INLINE_LAMBDA {
-    return view ? reinterpret_cast<T*>(element(view, at.sample, at.first)) : nullptr;
-  };
-  StepRow<T> row{
-      in_place(a.x),   in_place(a.v), in_place(a.v_uncond), value_of(a.dt, at.sample), a.guidance,
-      in_place(a.out), stream};
-  row.stream = stream && reinterpret_cast<uintptr_t>(row.out) % 64 == 0;
+  StepRow<T> row{};
+  row.x = in_place<T>(a.x, at.sample, at.first);
+  row.v = in_place<T>(a.v, at.sample, at.first);
+  row.uncond = in_place<T>(a.v_uncond, at.sample, at.first);
+  row.out = in_place<T>(a.out, at.sample, at.first);
+  row.dt = value_of(a.dt, at.sample);
+  row.guidance = a.guidance;
+  row.stream = stream && starts_line(row.out);
   own(row, at.count);
 }
 

@@ -13,30 +13,44 @@ FK_AVX512 inline __m512 guided(__m512 v, __m512 uncond, __m512 guidance) {
   return _mm512_fmadd_ps(guidance, _mm512_sub_ps(v, uncond), uncond);
 }
 
-template <bool guides, bool stream, class T>
+template <bool guides, bool keeps, bool stream, class T>
 FK_AVX512 inline void loop(const StepRow<T>& row, int64_t n) {
   const StepRow<T> r = row;  // out could be its memory, for all that the compiler knows
   const __m512 dt = _mm512_set1_ps(r.dt), guidance = _mm512_set1_ps(r.guidance);
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
     const Pair x = load(r.x + i);
-    Pair v = load(r.v + i);
+    Pair now = load(r.v + i);
     if constexpr (guides) {
       const Pair uncond = load(r.uncond + i);
-      v = {guided(v.low, uncond.low, guidance), guided(v.high, uncond.high, guidance)};
+      now = {guided(now.low, uncond.low, guidance), guided(now.high, uncond.high, guidance)};
     }
-    store<stream>(Pair{stepped(x.low, v.low, dt), stepped(x.high, v.high, dt)}, r.out + i);
+    store<stream>(Pair{stepped(x.low, now.low, dt), stepped(x.high, now.high, dt)}, r.out + i);
+    if constexpr (keeps) {
+      now = restored<T>(now);
+      if (r.increment) store<stream>(difference(now, load(r.previous + i)), r.increment + i);
+      store<stream>(now, r.velocity + i);
+    }
   }
   for (; i < n; ++i) {
-    float v = widen(r.v[i]);
-    if constexpr (guides) v = widen(r.uncond[i]) + r.guidance * (v - widen(r.uncond[i]));
-    narrow(widen(r.x[i]) + r.dt * v, r.out[i]);
+    float now = widen(r.v[i]);
+    if constexpr (guides) now = widen(r.uncond[i]) + r.guidance * (now - widen(r.uncond[i]));
+    narrow(widen(r.x[i]) + r.dt * now, r.out[i]);
+    if constexpr (keeps) {
+      if (r.increment) r.increment[i] = now - r.previous[i];
+      r.velocity[i] = now;
+    }
   }
+}
+
+template <bool guides, bool keeps, class T>
+FK_AVX512 inline void loop(const StepRow<T>& row, int64_t n) {
+  row.stream ? loop<guides, keeps, true>(row, n) : loop<guides, keeps, false>(row, n);
 }
 
 template <bool guides, class T>
 FK_AVX512 inline void loop(const StepRow<T>& row, int64_t n) {
-  row.stream ? loop<guides, true>(row, n) : loop<guides, false>(row, n);
+  row.velocity ? loop<guides, true>(row, n) : loop<guides, false>(row, n);
 }
 
 template <class T>

@@ -1,17 +1,20 @@
-// The loop of an Euler step over elements of one type, in the CPU's own instructions.
+// The loop of a teacher's step over elements of one type, in the CPU's own instructions.
 #pragma once
 
 #include "rows.h"
 
 namespace flowkernels {
 
-// out = x + dt v, v = uncond + guidance (v - uncond) unless uncond is null.
+// now = uncond + guidance (v - uncond), or v where uncond is null
+// out = x + dt now, velocity = now, increment = now - previous
 template <class T>
 struct StepRow {
   const T *x, *v, *uncond;
   float dt, guidance;
   T* out;
-  bool stream;  // past the caches: 64-byte aligned rows alone
+  const float* previous;        // with increment, or null
+  float *velocity, *increment;  // null where not wanted
+  bool stream;                  // past the caches: 64-byte aligned rows alone
 };
 
 template <class T>

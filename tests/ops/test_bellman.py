@@ -68,3 +68,21 @@ def test_a_velocity_that_stays_has_no_increment(backend):
         _, velocity, _ = bellman_step(v, v, -0.1, v_uncond=v_uncond, guidance=4.5)
         increment = bellman_step(v, v, -0.1, velocity, v_uncond=v_uncond, guidance=4.5)[2]
     assert not increment.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [1 << 20, (1 << 20) + 7])
+def test_results_that_pass_by_the_caches(dtype: torch.dtype, elements: int):
+    """Large ones are written otherwise: rows of whole cache lines, with a rest, unaligned."""
+    if _library.why_off("bellman_step", "native", "cpu") is not None:
+        pytest.skip("needs the native library")
+    torch.manual_seed(0)
+    x, v, v_uncond = torch.randn(3, 13, elements // (dtype.itemsize // 2)).to(dtype)
+    previous = torch.randn(x.shape)
+    found = {}
+    for name in ("native", "reference"):
+        with flowkernels.backend(name):
+            found[name] = bellman_step(x, v, -0.25, previous, v_uncond=v_uncond, guidance=3.5)
+    state = {torch.float32: 4e-6, torch.bfloat16: 1e-2}[dtype]
+    for mine, true, tolerance in zip(*found.values(), (state, 4e-6, 4e-6), strict=True):
+        torch.testing.assert_close(mine, true, rtol=tolerance, atol=tolerance)

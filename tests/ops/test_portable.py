@@ -22,7 +22,9 @@ VALUES = (
 )
 
 
-@pytest.mark.parametrize("module", ["test_activation", "test_modulate", "test_losses", "test_step"])
+@pytest.mark.parametrize(
+    "module", ["test_activation", "test_bellman", "test_losses", "test_modulate", "test_step"]
+)
 def test_portable_loops(module: str):
     run = subprocess.run(
         [*PYTEST, f"tests/ops/{module}.py", "-k", VALUES],
