@@ -54,11 +54,30 @@ FK_AVX512 static inline Pair difference(const Pair& a, const Pair& b) {
   return {_mm512_sub_ps(a.low, b.low), _mm512_sub_ps(a.high, b.high)};
 }
 
+// a + b * c
+FK_AVX512 static inline Pair sum(const Pair& a, const Pair& b, __m512 c) {
+  return {_mm512_fmadd_ps(b.low, c, a.low), _mm512_fmadd_ps(b.high, c, a.high)};
+}
+
+FK_AVX512 static inline Pair scaled(const Pair& a, __m512 c) {
+  return {_mm512_mul_ps(a.low, c), _mm512_mul_ps(a.high, c)};
+}
+
 // Asks the memory for the lines of a pair.
 template <class T>
 FK_AVX512 static inline void prefetch(const T* source) {
   for (int64_t i = 0; i < kPair; i += 64 / int64_t{sizeof(T)})
     _mm_prefetch(reinterpret_cast<const char*>(source + i), _MM_HINT_T0);
+}
+
+// What the second-level cache should have by the time it is read: the memory's own prefetching
+// starts anew with every page. Where results are streamed it takes bandwidth from them.
+template <class T>
+FK_AVX512 static inline void prefetch_ahead(const T* operand) {
+  constexpr int64_t kAhead = 1024, kLine = 64;
+  const char* address = reinterpret_cast<const char*>(operand) + kAhead;
+  for (int64_t i = 0; i < kPair * int64_t{sizeof(T)}; i += kLine)
+    _mm_prefetch(address + i, _MM_HINT_T1);
 }
 
 template <bool stream>

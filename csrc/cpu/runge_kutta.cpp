@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "runge_kutta_rows.h"
+
 namespace flowkernels {
 
 FK_INLINE double widen(double value) { return value; }
@@ -118,13 +120,39 @@ FK_INLINE void for_each_sum(const A& a, const Segment& s, const Rows<Compute<T>>
   }
 }
 
+// The CPU's own loops where there are some for T (of which every operand then is), else null.
+template <class T>
+FK_INLINE const RungeKuttaRows* own_rows(int64_t stages) {
+  return std::is_same_v<T, BFloat16> && stages <= kMostStages ? runge_kutta_rows() : nullptr;
+}
+
+// The stages of a block, for those loops.
+template <class A>
+FK_INLINE StageRow stages_at(const A& a, const Segment& s) {
+  StageRow stages;
+  stages.count = a.count;
+  stages.dt = static_cast<float>(a.dt[s.sample * a.dt_stride]);
+  for (int64_t j = 0; j < a.count; ++j) {
+    stages.ks[j] = in_place<BFloat16>(a.ks[j], s.sample, s.first);
+    stages.weights[j] = static_cast<float>(a.weights[j]);
+  }
+  return stages;
+}
+
 template <class T>
 FK_INLINE void combine_range(const Combine& a, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const int64_t total = a.batch * a.elements;
+  const RungeKuttaRows* own = own_rows<T>(a.count);
   const Rows<C> rows(kGroup + 3);
   for (int64_t flat = begin * kBlock; flat < std::min(total, end * kBlock);) {
     const Segment s = segment_at(flat, std::min(total, (flat / kBlock + 1) * kBlock), a.elements);
+    flat += s.count;
+    if (own) {
+      own->combine(stages_at(a, s), in_place<BFloat16>(a.y, s.sample, s.first),
+                   in_place<BFloat16>(a.out, s.sample, s.first), s.count);
+      continue;
+    }
     const C dt = static_cast<C>(a.dt[s.sample * a.dt_stride]);
     const T* y = read<T>(a.y, s.sample, s.first, rows.floats(kGroup), s.count);
     char* target = at<T>(a.out, s.sample, s.first);
@@ -133,7 +161,6 @@ FK_INLINE void combine_range(const Combine& a, int64_t begin, int64_t end) {
       narrow(widen(y[i]) + dt * sum, out[i]);
     });
     store_typed(out, target, a.out.dtype, s.count);
-    flat += s.count;
   }
 }
 
@@ -200,16 +227,36 @@ FK_INLINE Compute<T> error_block(const StepError& a, const Segment& s,
   return sum;
 }
 
+FK_INLINE float own_error_block(const StepError& a, const Segment& s, const RungeKuttaRows& own) {
+  const auto operand = [&](const View& view)
+                           FK_INLINE_LAMBDA { return in_place<BFloat16>(view, s.sample, s.first); };
+  const auto tolerance = [&](const void* data) FK_INLINE_LAMBDA {
+    return data ? static_cast<const float*>(data) + s.sample * a.elements + s.first : nullptr;
+  };
+  const ErrorRow row{operand(a.y0),
+                     operand(a.y1),
+                     operand(a.error),
+                     tolerance(a.rtol),
+                     tolerance(a.atol),
+                     static_cast<float>(a.rtol_value),
+                     static_cast<float>(a.atol_value)};
+  return own.error(stages_at(a, s), row, s.count);
+}
+
 template <class T>
 FK_INLINE void error_range(const StepError& a, int64_t begin, int64_t end) {
+  // The error has the dtype of all stages, of which those without weight are not here.
+  const RungeKuttaRows* own = all_of<BFloat16>(a.error) ? own_rows<T>(a.count) : nullptr;
   const Rows<Compute<T>> rows(kGroup + 4);
   const int64_t chunks = chunks_of(a.elements);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t sample = chunk / chunks, first = chunk % chunks * kChunk;
     const int64_t last = std::min(first + kChunk, a.elements);
     double total = 0.;
-    for (int64_t at = first; at < last; at += kBlock)
-      total += error_block<T>(a, {sample, at, std::min(kBlock, last - at)}, rows);
+    for (int64_t at = first; at < last; at += kBlock) {
+      const Segment s{sample, at, std::min(kBlock, last - at)};
+      total += own ? own_error_block(a, s, *own) : error_block<T>(a, s, rows);
+    }
     a.partial[chunk] = total;
   }
 }
