@@ -18,12 +18,20 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short")
 VALUES = (
     "agrees or strided or edge or nan_stays or every_element or repeats or alone or caches "
-    "or rounding or far_from or any_size or finite or wherever"
+    "or rounding or far_from or any_size or any_number or error_and or finite or wherever"
 )
 
 
 @pytest.mark.parametrize(
-    "module", ["test_activation", "test_bellman", "test_losses", "test_modulate", "test_step"]
+    "module",
+    [
+        "test_activation",
+        "test_bellman",
+        "test_losses",
+        "test_modulate",
+        "test_runge_kutta",
+        "test_step",
+    ],
 )
 def test_portable_loops(module: str):
     run = subprocess.run(
