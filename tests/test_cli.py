@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import pickle
@@ -50,6 +51,35 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str
     assert len(lines) == 1, error
     assert error.splitlines()[-1] == lines[0], "the reason is the last thing said"
     return lines[0]
+
+
+FAULTS = """
+import resource, sys
+import torch
+from flowkernels import cli
+
+if sys.argv[1] == "command":
+    sys.argv = ["flowkernels", "--help"]
+    cli.main()
+for _ in range(3):  # as a step does: 40 MiB each, of which none is kept
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    (torch.ones(10 << 20) + 1).sum()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc's malloc")
+def test_a_command_keeps_the_memory_of_a_step_for_the_next() -> None:
+    def faults(kind: str) -> int:
+        run = subprocess.run(
+            [sys.executable, "-c", FAULTS, kind],
+            env={k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return int(run.stdout.split()[-1])
+
+    assert faults("command") < 100
+    assert faults("library") > 1000, "importing flowkernels leaves malloc as it is"
 
 
 # ---- help ----------------------------------------------------------------------------------------

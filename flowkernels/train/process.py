@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
 import signal
 import threading
@@ -98,6 +99,21 @@ class StopRequest:
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         signal.signal(number, self._previous[number])
+
+
+@contextlib.contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Inside the block Python's collector leaves alone what was there before.
+
+    Going through torch's hundreds of thousands of objects again and again took a tenth of a small
+    model's step.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

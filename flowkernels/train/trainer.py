@@ -32,6 +32,7 @@ from flowkernels.train.process import (
     StopRequest,
     deterministic_algorithms,
     exclusive,
+    frozen_objects,
     refuse_several_processes,
     resolve_device,
     uses_bfloat16,
@@ -137,6 +138,7 @@ class Trainer:
             exclusive(self.output),
             StopRequest() as stop,
             deterministic_algorithms(config.deterministic),
+            frozen_objects(),
             contextlib.closing(self.loader),
         ):
             remove_leftovers(self.output)

@@ -85,6 +85,16 @@ def test_loader_without_labels() -> None:
     assert list(Loader(load_digits(), 4, labels=False).next_batch()) == ["x0"]
 
 
+def test_loader_works_ahead_on_one_thread_and_leaves_the_others_to_training() -> None:
+    before = torch.get_num_threads()
+    loader = Loader(load_digits(), 4)
+    loader.next_batch()
+    assert loader._pool is not None
+    assert loader._pool.submit(torch.get_num_threads).result() == 1
+    loader.close()
+    assert torch.get_num_threads() == before
+
+
 def test_loader_refuses_another_dataset() -> None:
     state = Loader(load_digits("train"), 4).state_dict()
     with pytest.raises(UsageError, match="has 359 images, but the checkpoint was made with 1438"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import signal
 from pathlib import Path
@@ -252,6 +253,16 @@ def test_gradient_checkpointing_asks_the_networks(tmp_path: Path) -> None:
     finally:
         del ToyNetwork.enable_gradient_checkpointing  # type: ignore[attr-defined]
     assert len(asked) == 3
+
+
+def test_collector_passes_over_what_was_there_before(tmp_path: Path) -> None:
+    before, frozen = gc.get_freeze_count(), []
+    run = trainer(tmp_path)
+    update = run._update
+    run._update = lambda *a: (frozen.append(gc.get_freeze_count()), update(*a))  # type: ignore
+    run.run()
+    assert min(frozen) > before + 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_interrupted_run_goes_on_in_the_same_process(tmp_path: Path) -> None:

@@ -69,7 +69,15 @@ class Loader:
             batch = self._make(position)
         self._position = position + self.batch_size
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+            # One thread for its operators, which PyTorch sets by thread: with a second team of
+            # OpenMP's there would be more threads than cores, and the main team's would sleep at
+            # every barrier where they now spin.
+            self._pool = ThreadPoolExecutor(
+                max_workers=1,
+                thread_name_prefix="loader",
+                initializer=torch.set_num_threads,
+                initargs=(1,),
+            )
         self._ahead = (self._position, self._pool.submit(self._make, self._position))
         on_cuda = self.device.type == "cuda"
         return {key: value.to(self.device, non_blocking=on_cuda) for key, value in batch.items()}
