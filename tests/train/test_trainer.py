@@ -265,6 +265,16 @@ def test_collector_passes_over_what_was_there_before(tmp_path: Path) -> None:
     assert gc.get_freeze_count() == 0
 
 
+def test_objects_that_somebody_froze_stay_frozen(tmp_path: Path) -> None:
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        trainer(tmp_path).run()
+        assert gc.get_freeze_count() > frozen // 2
+    finally:
+        gc.unfreeze()
+
+
 def test_interrupted_run_goes_on_in_the_same_process(tmp_path: Path) -> None:
     trainer(tmp_path / "whole").run()
     run = trainer(tmp_path / "stopped")
