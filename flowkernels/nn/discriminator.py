@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowkernels.nn.discriminator_config import LatentDiscriminatorConfig
+from flowkernels.nn.embeddings import ClassTable
 from flowkernels.nn.minibatch import MinibatchStd
 
 SILU_GAIN = 0.313**-0.5
@@ -119,7 +120,7 @@ class LatentDiscriminator(Discriminator):
         self.logit = nn.Linear(last, 1)
         # The row "no class" stays zero: it gets no gradient.
         self.classes = (
-            nn.Embedding(config.num_classes + 1, last, padding_idx=config.num_classes)
+            ClassTable(config.num_classes + 1, last, padding_idx=config.num_classes)
             if config.num_classes
             else None
         )

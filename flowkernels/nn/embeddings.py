@@ -135,13 +135,26 @@ class VectorEmbedding(nn.Module):
         return out
 
 
+class ClassTable(nn.Embedding):
+    """A row per class id, the last of them "no class"; on a CPU an id without one is named."""
+
+    def forward(self, labels: Tensor) -> Tensor:
+        try:
+            return super().forward(labels)
+        except IndexError:
+            low, high = labels.min().item(), labels.max().item()
+            raise ValueError(
+                f"labels has ids from {low} to {high}; it needs 0 to {self.num_embeddings - 1}"
+            ) from None
+
+
 class ClassTokens(nn.Module):
     """Learned context tokens, a few per class: [B] ids to [B, tokens, D]."""
 
     def __init__(self, entries: int, tokens: int, dim: int) -> None:
         super().__init__()
         self.tokens = tokens
-        self.table = nn.Embedding(entries, tokens * dim)
+        self.table = ClassTable(entries, tokens * dim)
 
     def forward(self, labels: Tensor) -> Tensor:
         tokens: Tensor = self.table(labels)

@@ -16,6 +16,7 @@ from flowkernels.nn.block import JointBlock, Modulation
 from flowkernels.nn.conditions import check_conditions, check_layers, key_lengths
 from flowkernels.nn.config import MMDiTConfig
 from flowkernels.nn.embeddings import (
+    ClassTable,
     ClassTokens,
     PatchEmbedding,
     VectorEmbedding,
@@ -68,7 +69,7 @@ class MMDiT(nn.Module):
         self.patch_embedding = PatchEmbedding(config)
         self.time_embedding = VectorEmbedding(config.frequency_dim, dim)
         self.class_embedding = (
-            nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
+            ClassTable(config.num_classes + 1, dim) if config.num_classes else None
         )
         self.pooled_embedding = (
             VectorEmbedding(config.pooled_dim, dim) if config.pooled_dim else None

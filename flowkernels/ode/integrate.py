@@ -59,9 +59,9 @@ def odeint(
     Raises:
         ValueError: the method is unknown, options exclude each other, or func's result has a
             shape that does not broadcast to y's.
-        TypeError: t or y0 is not floating-point.
-        AssertionError: t is not strictly monotonic, a step underflows, the state is not finite, or
-            ``max_num_steps`` is reached; the messages are torchdiffeq's.
+        TypeError: t or y0 is not floating-point, or func returned no tensor.
+        AssertionError: t is empty or not strictly monotonic, a step underflows, the state is not
+            finite, or ``max_num_steps`` is reached; the messages are torchdiffeq's.
 
     Example:
         >>> import torch

@@ -111,9 +111,11 @@ class _Field:
         if time is None:
             time = torch.full_like(self.start, t)
         v = self.velocity(rows, time, **self.conditions)
-        if self.halves is not None and v.shape != rows.shape:
+        if not isinstance(v, Tensor):
+            raise TypeError(f"velocity gave {type(v).__name__}; it must give a tensor of x's shape")
+        if v.shape != rows.shape:
             raise ValueError(
-                f"velocity gave shape {tuple(v.shape)} for {len(rows)} rows; it must give that of x"
+                f"velocity gave shape {tuple(v.shape)}; it must give x's, {tuple(rows.shape)}"
             )
         return v
 
@@ -248,9 +250,10 @@ def sample(
         `schedule.times`.
 
     Raises:
-        TypeError: noise or a condition is no tensor, schedule no Schedule, guidance no number.
+        TypeError: noise, a condition or a velocity is no tensor, schedule no Schedule, guidance
+            no number.
         ValueError: an unknown method, guidance without conditions or without unconditional
-            inputs, conditions of another batch size.
+            inputs, conditions of another batch size, a velocity of another shape than x.
 
     Example:
         >>> from flowkernels.ode import uniform

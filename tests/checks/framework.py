@@ -109,13 +109,13 @@ class FrameworkChecks(CaseChecks):
 
     @pytest.mark.unforced
     def test_names_the_argument_that_is_no_float_tensor(self, name: str):
-        variants = self.case.variants
-        inputs = next(
-            made
-            for made in (self.inputs(variant=v) for v in variants)
-            if made.get(name) is not None
-        )
-        for wrong, got in (([1.0, 2.0], "list"), (inputs[name].to(torch.int64), "int64")):
+        made = [self.inputs(variant=variant) for variant in self.case.variants]
+        given = [inputs for inputs in made if inputs.get(name) is not None]
+        inputs = given[0]
+        wrongs = [([1.0, 2.0], "list"), (inputs[name].to(torch.int64), "int64")]
+        if len(given) == len(made):  # no variant does without it
+            wrongs.append((None, "NoneType"))
+        for wrong, got in wrongs:
             with pytest.raises(TypeError, match=rf"^{name}: got .*{got}.*need") as caught:
                 self.case.function(**{**inputs, name: wrong})
             assert "\n" not in str(caught.value)

@@ -305,6 +305,8 @@ def test_bad_inputs_are_named():
         model(x, labels=torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"labels has dtype torch.float32"):
         model(x, labels=torch.zeros(4))
+    with pytest.raises(ValueError, match=r"labels has ids from -1 to 0; "):
+        model(x, labels=torch.tensor([0, 0, 0, -1]))
     for segments in ((2, 3), (5, -1)):
         with pytest.raises(ValueError, match="sizes that add up to the batch, 4"):
             model(x, segments=segments)

@@ -345,6 +345,9 @@ def test_bad_inputs_are_named():
         model(x, t, labels=labels[:1])
     with pytest.raises(ValueError, match="labels has dtype"):
         model(x, t, labels=labels.float())
+    none = CLASS_CONFIG.num_classes
+    with pytest.raises(ValueError, match=rf"labels has ids from 0 to {none + 1}; .* 0 to {none}$"):
+        model(x, t, labels=torch.tensor([0, none + 1]))
     with pytest.raises(ValueError, match="text is given"):
         model(x, t, text=torch.randn(2, 3, 7))
     model, x = build(TEXT_CONFIG), torch.randn(2, 2, 4, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -67,15 +68,21 @@ def test_gradients_are_torchdiffeqs(method: str, reverse: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("method", ["rk4", "dopri5", "tsit5"])
-@pytest.mark.parametrize("options", [{}, {"step_size": 0.17, "interp": "cubic"},
-                                     {"per_sample": True}, {"jump_t": torch.tensor([0.45])},
-                                     {"per_sample": True, "jump_t": torch.tensor([0.45])},
-                                     ])  # fmt: skip
+ADAPTIVE_OPTIONS = (
+    {},
+    {"per_sample": True},
+    {"jump_t": torch.tensor([0.45])},
+    {"per_sample": True, "jump_t": torch.tensor([0.45])},
+)
+CHECKED = [
+    ("rk4", {}),
+    ("rk4", {"step_size": 0.17, "interp": "cubic"}),
+    *product(("dopri5", "tsit5"), ADAPTIVE_OPTIONS),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), CHECKED)
 def test_gradcheck_in_the_state_and_the_times(method: str, options: dict[str, Any]) -> None:
-    fixed = "step_size" in options or not options
-    if fixed != (method == "rk4") and options:
-        pytest.skip("an option of the other kind")
     func, y0, t, _ = _problem()
 
     def solve(y0: Tensor, t: Tensor) -> Tensor:

@@ -221,6 +221,14 @@ def test_errors_of_our_own() -> None:
         odeint(_decay, y0.long(), T)
     with pytest.raises(ValueError, match=r"func: returned shape \(5,\), need y's \(2, 3\)"):
         odeint(lambda t, y: torch.ones(5), y0, T)
+    with pytest.raises(TypeError, match=r"func: returned NoneType, need a torch\.Tensor"):
+        odeint(lambda t, y: None, y0, T)
+    with pytest.raises(TypeError, match="func: returned NoneType, need a tuple of tensors"):
+        odeint(lambda t, y: None, (y0, y0), T)
+    with pytest.raises(TypeError, match="func: returned NoneType as part 1"):
+        odeint(lambda t, y: (y[0], None), (y0, y0), T)
+    with pytest.raises(AssertionError, match="t must hold at least one time"):
+        odeint(_decay, y0, T[:0])
     with pytest.raises(TypeError, match=r"func: returned torch.complex64 for y0 of torch.float32"):
         odeint(lambda t, y: 1j * y, y0, T)
     with pytest.raises(ValueError, match="sync_every: got 0, need an integer of at least 1"):

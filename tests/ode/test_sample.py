@@ -237,8 +237,16 @@ def test_a_velocity_may_overwrite_its_time(method):
 def test_a_velocity_of_other_rows_is_named():
     labels = {"labels": torch.tensor([0, 1])}
     options = {"guidance": 2.0, "conditions": labels, "uncond": labels}
-    with pytest.raises(ValueError, match=r"velocity gave shape \(2, 1\) for 4 rows"):
+    with pytest.raises(ValueError, match=r"velocity gave shape \(2, 1\); .* x's, \(4, 1\)"):
         sample(lambda x, t, labels: x[:2], NOISE, uniform(2), **options)
+    with pytest.raises(ValueError, match=r"velocity gave shape \(1, 1\); .* x's, \(2, 1\)"):
+        sample(lambda x, t: x[:1], NOISE, uniform(2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_velocity_that_gives_no_tensor_is_named(method):
+    with pytest.raises(TypeError, match="velocity gave NoneType"):
+        sample(lambda x, t: None, NOISE, uniform(2), method=method)
 
 
 def test_noise_keeps_its_dtype_and_empty_batches_work():

@@ -7,7 +7,7 @@ keeps the caller's time and slope, and steps are taken over sign·dτ: no tensor
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -97,10 +97,23 @@ class Problem:
         if self.packing is None:
             k = self.func(t, y)
         else:
-            k = self.packing.pack(self.func(t, self.packing.unpack(y)))
+            k = self._packed(self.func(t, self.packing.unpack(y)))
+        if not isinstance(k, Tensor):
+            raise TypeError(f"func: returned {type(k).__name__}, need a torch.Tensor")
         if k.shape != self.shape or k.dtype != self.dtype:
             return self._conform(k)
         return k
+
+    def _packed(self, parts: Any) -> Tensor:
+        assert self.packing is not None
+        if not isinstance(parts, Iterable):
+            raise TypeError(f"func: returned {type(parts).__name__}, need a tuple of tensors")
+        parts = tuple(parts)
+        for index, part in enumerate(parts):
+            if not isinstance(part, Tensor):
+                kind = type(part).__name__
+                raise TypeError(f"func: returned {kind} as part {index}, need a torch.Tensor")
+        return self.packing.pack(parts)
 
     def _conform(self, k: Tensor) -> Tensor:
         try:
@@ -313,6 +326,7 @@ def _check_times(t: Any, traced: bool) -> int:
     if not t.is_floating_point():
         raise TypeError(f"`t` must be a floating point Tensor but is a {t.type()}")
     require(t.ndim == 1, "t must be one dimensional")
+    require(len(t) > 0, "t must hold at least one time")
     if traced:
         return 1
     values = t.tolist()

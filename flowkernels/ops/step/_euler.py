@@ -63,7 +63,7 @@ def euler_step(
         >>> euler_step(torch.ones(1, 2), torch.full((1, 2), 4.0), -0.25)
         tensor([[0., 0.]])
     """
-    plain = alike(x, v, v_uncond)
+    plain = v is not None and alike(x, v, v_uncond)
     if not plain:
         check_samples(x, "x")
         check_like(v, "v", x)
