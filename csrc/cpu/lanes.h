@@ -63,11 +63,12 @@ FK_AVX512 static inline Pair scaled(const Pair& a, __m512 c) {
   return {_mm512_mul_ps(a.low, c), _mm512_mul_ps(a.high, c)};
 }
 
-// Asks the memory for the lines of a pair.
+// Asks the memory for the lines of the pair that many bytes ahead.
 template <class T>
-FK_AVX512 static inline void prefetch(const T* source) {
-  for (int64_t i = 0; i < kPair; i += 64 / int64_t{sizeof(T)})
-    _mm_prefetch(reinterpret_cast<const char*>(source + i), _MM_HINT_T0);
+FK_AVX512 static inline void prefetch(const T* source, int64_t ahead = 0) {
+  const char* address = reinterpret_cast<const char*>(source) + ahead;
+  for (int64_t i = 0; i < kPair * int64_t{sizeof(T)}; i += 64)
+    _mm_prefetch(address + i, _MM_HINT_T0);
 }
 
 // What the second-level cache should have by the time it is read: the memory's own prefetching

@@ -10,17 +10,18 @@ struct Moments {
 };
 
 // h = residual + gate * branch, rounded. Results that no cache would hold are streamed past them
-// (64-byte aligned rows alone) and also go to `kept`, unless it is null, to be read back.
+// (64-byte aligned rows alone) and also go to `kept`, unless it is null, to be read back. Where a
+// norm follows (`ahead`) the memory is asked for what is read soon after.
 struct GatedRow {
   const char *residual, *branch, *gate;
   char *h, *kept;
-  bool stream;
+  bool stream, ahead;
 };
 
-// y = (x - mean) * rstd * multiplier + addend. While it is written the memory is asked for the row
-// that is read after this one; it need not exist.
+// y = (x - mean) * rstd * multiplier + addend. While it is written the memory is asked for rows
+// that are read after this one (the second may be null); they need not exist.
 struct NormedRow {
-  const char *x, *next;
+  const char *x, *next[2];
   const float *multiplier, *addend;  // arranged
   char* y;
   bool stream;
