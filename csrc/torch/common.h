@@ -51,7 +51,7 @@ inline void ask_for_huge_pages([[maybe_unused]] const Tensor& result) {
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
   constexpr int64_t kMapped = int64_t{32} << 20;
   int64_t bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(result.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(result.get(), &bytes));
   if (bytes < kMapped) return;
   const auto address = reinterpret_cast<uintptr_t>(result.data_ptr());
   const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
@@ -70,11 +70,11 @@ inline Tensor empty(const int64_t* size, int64_t dim, ScalarType dtype, const Te
     step *= std::max<int64_t>(size[i], 1);
   }
   int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, size, stride.data(), type, device_type, device_index, &handle));
   Tensor result(handle);
   if (device_type == aoti_torch_device_type_cpu()) ask_for_huge_pages(result);

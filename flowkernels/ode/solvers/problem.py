@@ -292,6 +292,8 @@ def _event_of(event_fn: Callable[..., Tensor], problem: Problem) -> Callable[...
 
 def _packed_tolerance(name: str, value: Any, packing: Packing) -> Any:
     """One tolerance for each element, from one for each tensor of the tuple."""
+    if isinstance(value, (int, float)):  # torch 2.11 cannot trace the TypeError below
+        return value
     try:
         values = tuple(value)
     except TypeError:
