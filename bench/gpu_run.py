@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LAST_WORDS_SECONDS = 30.0
 
 
 class StageFailed(Exception):
@@ -36,7 +38,8 @@ class Run:
         return self.work / f"latest-{self.device}.json"
 
     def command(self, stage: str, arguments: list[str], seconds: float, **environment: str) -> int:
-        """Run a process with its output in the stage's log; its whole group is ended at the limit.
+        """Run a process with its output in the stage's log. At the limit it is interrupted, as by
+        Ctrl-C, to write down what it has; soon after, its whole group is ended.
 
         Raises:
             StageFailed: It ran past ``seconds`` or past the end of the whole run.
@@ -60,12 +63,20 @@ class Run:
             try:
                 return process.wait(limit)
             except subprocess.TimeoutExpired:
+                _interrupt(process)
                 raise StageFailed(f"ran past its {limit:.0f} s") from None
             finally:
                 _end_group(process)
 
     def log(self, stage: str) -> Path:
         return self.work / f"{stage}.log"
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(LAST_WORDS_SECONDS)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

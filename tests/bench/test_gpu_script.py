@@ -42,6 +42,31 @@ def test_a_process_past_its_limit_is_ended(run: Run):
     assert time.monotonic() - start < 10
 
 
+def test_it_is_interrupted_first_to_write_down_what_it_has(run: Run, tmp_path: Path):
+    tests = "import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n"
+    (tmp_path / "test_two.py").write_text(tests)
+    report = tmp_path / "tests.xml"
+    command = [
+        sys.executable, "-m", "pytest", str(tmp_path), f"--junitxml={report}",
+        "-p", "no:cacheprovider",
+    ]  # fmt: skip
+    with pytest.raises(StageFailed, match="ran past its"):
+        run.command("tests", command, 5, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert 'name="test_quick"' in report.read_text()
+
+
+def test_a_report_of_some_tests_is_told_with_what_ended_them(run: Run, monkeypatch):
+    def command(self: Run, stage: str, arguments: list[str], seconds: float, **_: str) -> int:
+        (run.work / "tests.xml").write_text(
+            '<testsuites><testsuite tests="5" failures="1" errors="0" skipped="2"/></testsuites>'
+        )
+        raise StageFailed("ran past its 1 s")
+
+    monkeypatch.setattr(Run, "command", command)
+    with pytest.raises(StageFailed, match=r"2 passed, 1 failed, 2 skipped \(ran past its 1 s\)"):
+        gpu.tests(run, 1)
+
+
 def test_output_goes_to_the_stages_log(run: Run):
     code = run.command("talk", [sys.executable, "-c", "print('hello'); raise SystemExit(3)"], 30)
     assert code == 3
