@@ -134,7 +134,7 @@ def test_repeats_bitwise():
 def test_no_host_sync():
     y0, y1, *ks = tensors((3, 5001), torch.float32, 5)
     dt = torch.full((3,), 0.1, device=DEVICE)
-    with NoHostSync():
+    with NoHostSync(DEVICE):
         rk_combine(y0, ks, [0.5, -1.0, 2.0], dt)
         rk_error(ks, [0.5, -1.0, 2.0], dt, y0, y1, 1e-3, 1e-3)
         rk_combine(y0, ks, [0.5, -1.0, 2.0], torch.tensor(0.1))  # a number of the host's

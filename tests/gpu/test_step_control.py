@@ -88,7 +88,7 @@ def test_no_host_sync_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     take, taken = FusedSteps.take, []
 
     def watched(self: FusedSteps) -> Any:
-        with NoHostSync():
+        with NoHostSync(DEVICE):
             taken.append(take(self))
         return taken[-1]
 
