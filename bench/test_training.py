@@ -43,7 +43,8 @@ class Ours:
     autocast = False
 
     def __init__(self, method: Method, settings: dict[str, dict[str, Any]]) -> None:
-        self._method = method
+        # Its networks are there already; its counters are not.
+        self._method = method.to(next(method.parameters()).device)
         self._optimizers = {
             name: AdamWEMA(
                 [p for p in method.get_submodule(name).parameters() if p.requires_grad], **options

@@ -82,7 +82,7 @@ class PlainMMDiT(MMDiT):
 
 def plain(model: MMDiT) -> PlainMMDiT:
     """The same weights and settings, as a plain network."""
-    made = PlainMMDiT(model.config)
+    made = PlainMMDiT(model.config).to(next(model.parameters()).device)
     made.load_state_dict(model.state_dict())
     for mine, theirs in zip(made.parameters(), model.parameters(), strict=True):
         mine.requires_grad_(theirs.requires_grad)
