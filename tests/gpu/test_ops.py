@@ -69,13 +69,14 @@ class GraphChecks(CaseChecks):
 
 class GPUChecks(ValueChecks, GradientChecks, FrameworkChecks, GraphChecks):
     """What OpChecks holds on the CPU, on the GPU; threads are a matter of CPUs, gradcheck of
-    formulas, and neither is asked here.
+    formulas, what is said of a bad operand of the host: none is asked here.
     """
 
     device = DEVICE
     test_thread_count_does_not_change_a_bit: ClassVar[None] = None
     test_gradcheck: ClassVar[None] = None
     test_names_the_argument_of_a_bad_input: ClassVar[None] = None
+    test_names_the_argument_that_is_no_float_tensor: ClassVar[None] = None
 
 
 def _class(case: OpCase) -> type:
