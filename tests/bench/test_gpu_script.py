@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import gpu
-from bench.gpu_run import Run, StageFailed
+from bench.gpu_run import LAST_WORDS_SECONDS, Run, StageFailed
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_it_is_interrupted_first_to_write_down_what_it_has(run: Run, tmp_path: P
         "-p", "no:cacheprovider",
     ]  # fmt: skip
     with pytest.raises(StageFailed, match="ran past its"):
-        run.command("tests", command, 5, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+        run.command("tests", command, 10, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert 'name="test_quick"' in report.read_text()
 
 
@@ -74,7 +74,7 @@ def test_output_goes_to_the_stages_log(run: Run):
 
 
 def test_all_stages_fit_in_ten_minutes():
-    assert gpu.TOTAL_SECONDS < 600
+    assert gpu.TOTAL_SECONDS + LAST_WORDS_SECONDS < 600
     assert [stage.name for stage in gpu.STAGES] == [
         "environment", "build", "tests", "benchmarks", "report",
     ]  # fmt: skip

@@ -69,7 +69,7 @@ class GraphChecks(CaseChecks):
 
 class GPUChecks(ValueChecks, GradientChecks, FrameworkChecks, GraphChecks):
     """What OpChecks holds on the CPU, on the GPU; threads are a matter of CPUs, gradcheck of
-    formulas, what is said of a bad operand of the host: none is asked here.
+    formulas, what is said of a bad operand of the host, and none is asked here.
     """
 
     device = DEVICE
