@@ -68,8 +68,8 @@ class GraphChecks(CaseChecks):
 
 
 class GPUChecks(ValueChecks, GradientChecks, FrameworkChecks, GraphChecks):
-    """What OpChecks holds on the CPU, on the GPU; threads are a matter of CPUs, gradcheck of
-    formulas, what is said of a bad operand of the host, and none is asked here.
+    """What OpChecks holds on the CPU, on the GPU. Threads are a matter of CPUs, gradcheck of
+    formulas, what is said of a bad operand of the host: none of them is asked here.
     """
 
     device = DEVICE

@@ -113,5 +113,7 @@ class NoHostSync(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in self.READS:
-            assert all(each.device.type != self.device for each in args), f"{func} waits for the device"
+            assert all(each.device.type != self.device for each in args), (
+                f"{func} waits for the device"
+            )
         return func(*args, **(kwargs or {}))
