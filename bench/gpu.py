@@ -216,8 +216,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
         extra = ["-k", options.k] if options.k else []
         total = len(STAGES) * DRY_STAGE_SECONDS if options.dry else TOTAL_SECONDS
         run = Run(options.dry, work, results, start + total, extra)
-        outcomes = [attempt(stage, run) for stage in STAGES if stage.name in options.stages]
-        keep_logs(run)
+        outcomes = []
+        for stage in STAGES:
+            if stage.name in options.stages:
+                outcomes.append(attempt(stage, run))
+                keep_logs(run)  # now: what ends the whole run from outside leaves no time for it
     print()
     for outcome in outcomes:
         mark = "ok" if outcome.passed else "FAILED"

@@ -73,6 +73,25 @@ def test_output_goes_to_the_stages_log(run: Run):
     assert "hello" in run.log("talk").read_text()
 
 
+def test_logs_are_kept_from_stage_to_stage(tmp_path: Path, monkeypatch):
+    """A run that is ended from outside has left those of the stages before."""
+    kept: list[str] = []
+
+    def first(run: Run, seconds: float) -> str:
+        run.log("first").write_text("what the first one said")
+        return ""
+
+    def second(run: Run, seconds: float) -> str:
+        kept.append((tmp_path / "gpu.log").read_text())
+        return ""
+
+    stages = (gpu.Stage("first", first, 1), gpu.Stage("second", second, 1))
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["--dry"]) == 0
+    assert "what the first one said" in kept[0]
+
+
 def test_all_stages_fit_in_ten_minutes():
     assert gpu.TOTAL_SECONDS + LAST_WORDS_SECONDS < 600
     assert [stage.name for stage in gpu.STAGES] == [
