@@ -74,8 +74,8 @@ def tests(run: Run, seconds: float) -> str:
     problem = ""
     try:
         code = run.command(
-            "tests", command, seconds,
-            FLOWKERNELS_GPU_DRY="1" if run.dry else "0", TORCHINDUCTOR_COMPILE_THREADS="1",
+            "tests", command, seconds, FLOWKERNELS_GPU_DRY="1" if run.dry else "0",
+            TORCHINDUCTOR_COMPILE_THREADS="1", OMP_NUM_THREADS="1",
         )  # fmt: skip
         problem = f"exit code {code}" if code else ""
     except StageFailed as error:
