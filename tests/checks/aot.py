@@ -94,7 +94,7 @@ def spills_allowed(job: Job) -> int | None:
 
 
 @contextlib.contextmanager
-def _launchers_on_meta() -> Iterator[None]:
+def launchers_on_meta() -> Iterator[None]:
     """Public functions choose Triton on the meta device, and operators call their launchers."""
     choose, call = _library.choose, _library.Operator.__call__
     _library.choose = lambda *args: "triton"  # type: ignore[assignment]
@@ -128,7 +128,7 @@ def launches(
         return made if aligned else [_unaligned(g) if g.dim() else g for g in made]
 
     with (
-        _launchers_on_meta(),
+        launchers_on_meta(),
         _triton.compiling_for(arch),
         _triton.intercepted(
             lambda kernel, grid, args, options: seen.append((kernel, args, options))

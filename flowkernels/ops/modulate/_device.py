@@ -301,6 +301,7 @@ def norm_backward_kernel(
     RMS: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of h, residual, branch, gate, shift, scale, weight and bias: those with a pointer.
 
@@ -319,7 +320,8 @@ def norm_backward_kernel(
     gate_sum_second, sums_second = zeros, (zeros, zeros, zeros)
     first_row = (chunk % chunks) * ROWS
     # Counted in 32 bits: with 64 ptxas spills an address or two.
-    for step in range(0, tl.minimum(rows - first_row, ROWS).to(tl.int32)):
+    count = tl.minimum(rows - first_row, ROWS).to(tl.int32)
+    for step in tl.range(0, count, num_stages=STAGES):
         s = first_row + step
         index = b * rows + s
         t_first = tl.zeros((FIRST,), tl.float32)

@@ -32,6 +32,9 @@ WIDE_TILE = 2048
 # 16 in the backward pass. Left to itself ptxas may aim at fewer than a row needs, and spill.
 FORWARD_REGISTERS = 64
 BACKWARD_REGISTERS, BACKWARD_REGISTERS_SMALL = 128, 168
+# Rows in flight in the backward pass: with two, the next row is on its way to shared memory while
+# one is summed. One until a GPU has shown the gain (bench.tune).
+BACKWARD_STAGES = 1
 
 
 def _parts(columns: int, widest: int) -> tuple[int, int, int]:
@@ -196,6 +199,7 @@ def _backward(
         SCALE_PER_ROW=per_row(scale),
         GATE_SINK_PER_ROW=per_row(gate),
         SHIFT_SINK_PER_ROW=per_row(gradients.get("shift")),
+        STAGES=BACKWARD_STAGES,
         **options,
     )  # fmt: skip
     partials.reduce()
