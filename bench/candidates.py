@@ -169,10 +169,12 @@ def _heads_choices() -> list[Choice]:
     at = "attention.kernels"
     shape = (4, 1024, FLUX_DEV.heads, FLUX_DEV.head_dim)
     tile = _values("tile", (256, 512), f"{at}._TILE")
+    stages = _values("stages", (2, 3), f"{at}._STAGES")
     chunks = _chunks(f"{at}._tokens_per_chunk", _tokens_of)
+    forward, backward = (*stages, *tile, *_warps(at)), (*stages, *chunks, *tile)
     return [
-        Choice("heads forward", test_attention.QK, shape, HALF, "forward", (*tile, *_warps(at))),
-        Choice("heads backward", test_attention.QK, shape, HALF, BOTH, (*chunks, *tile)),
+        Choice("heads forward", test_attention.QK, shape, HALF, "forward", forward),
+        Choice("heads backward", test_attention.QK, shape, HALF, BOTH, backward),
     ]
 
 

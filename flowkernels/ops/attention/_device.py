@@ -58,6 +58,7 @@ def _forward_token(
     INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr,
     ROUNDING: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """y of all heads of a token; every pointer is at the token. Zeros where it is not valid."""
     weight0, weight1 = 1.0, 1.0
@@ -66,7 +67,7 @@ def _forward_token(
     if cos is not None:
         cos0, cos1 = load_pairs(cos, HEAD_DIM, HALF, INTERLEAVED)
         sin0, sin1 = load_pairs(sin, HEAD_DIM, HALF, INTERLEAVED)
-    for start in range(0, HEADS, BLOCK_H):
+    for start in tl.range(0, HEADS, BLOCK_H, num_stages=STAGES):
         head = start + tl.arange(0, BLOCK_H)
         inside = head < HEADS
         a, b = load_heads(
@@ -100,6 +101,7 @@ def _forward_piece(
     INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr,
     ROUNDING: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     if s < rows:
         _forward_token(
@@ -108,7 +110,7 @@ def _forward_piece(
             None if sin is None else sin + (position + s) * sin_row,
             y + (b * total + row) * (HEADS * HEAD_DIM),
             None if rstd is None else rstd + (b * total + offset + s) * HEADS,
-            valid, eps, HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM, ROUNDING,
+            valid, eps, HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM, ROUNDING, STAGES,
         )  # fmt: skip
 
 
@@ -128,6 +130,7 @@ def heads_forward_kernel(
     ROUNDING: tl.constexpr,
     STREAM: tl.constexpr,
     STREAMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One stream's q, k and v into their rows of the joint tensors.
 
@@ -142,7 +145,7 @@ def heads_forward_kernel(
         _forward_piece(
             q, q_batch, q_row, q_head, q_weight, q_out, q_rstd, cos, cos_row, sin, sin_row,
             b, s, q_offset + s, s >= 0, q_rows, q_total, q_offset, position, eps,
-            HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM, ROUNDING,
+            HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM, ROUNDING, STAGES,
         )  # fmt: skip
     else:
         row, valid = place(
@@ -153,14 +156,14 @@ def heads_forward_kernel(
             _forward_piece(
                 k, k_batch, k_row, k_head, k_weight, k_out, k_rstd, cos, cos_row, sin, sin_row,
                 b, s, row, valid, k_rows, k_total, k_offset, position, eps,
-                HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM, ROUNDING,
+                HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM, ROUNDING, STAGES,
             )  # fmt: skip
         if v is not None:
             if which == 2:
                 _forward_piece(
                     v, v_batch, v_row, v_head, None, v_out, None, None, 0, None, 0,
                     b, s, row, valid, k_rows, k_total, k_offset, position, eps,
-                    HEADS, HEAD_DIM, HALF, BLOCK_H, True, False, 0,
+                    HEADS, HEAD_DIM, HALF, BLOCK_H, True, False, 0, STAGES,
                 )  # fmt: skip
 
 
@@ -180,12 +183,13 @@ def _backward_token(
     BLOCK_H: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """grad_x of all heads of a token, and its share of the weight's gradient onto the sums."""
     if cos is not None:
         cos0, cos1 = load_pairs(cos, HEAD_DIM, HALF, INTERLEAVED)
         sin0, sin1 = load_pairs(sin, HEAD_DIM, HALF, INTERLEAVED)
-    for start in range(0, HEADS, BLOCK_H):
+    for start in tl.range(0, HEADS, BLOCK_H, num_stages=STAGES):
         head = start + tl.arange(0, BLOCK_H)
         inside = head < HEADS
         taken = inside & valid
@@ -225,6 +229,7 @@ def _backward_piece(
     NORM: tl.constexpr,
     STREAM: tl.constexpr,
     STREAMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A chunk of ROWS tokens of one tensor: their gradients, and one row of partial sums."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -248,7 +253,7 @@ def _backward_piece(
             None if sin is None else sin + (position + s) * sin_row,
             None if rstd is None else rstd + (b * total + offset + s) * HEADS,
             None if grad is None else grad + index * (HEADS * HEAD_DIM),
-            valid, sums0, sums1, HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM,
+            valid, sums0, sums1, HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM, STAGES,
         )  # fmt: skip
     if partial is not None:
         store_pairs(
@@ -275,6 +280,7 @@ def heads_backward_kernel(
     NORM: tl.constexpr,
     STREAM: tl.constexpr,
     STREAMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one stream's q, k, v and weights: those with a pointer.
 
@@ -288,7 +294,7 @@ def heads_backward_kernel(
             grad_q, grad_q_batch, grad_q_row, grad_q_head, q, q_batch, q_row, q_head,
             q_weight, q_rstd, q_grad, q_partial, cos, cos_row, sin, sin_row, None, 0, 0,
             batch, q_rows, q_total, q_offset, position, first_keys, second_keys,
-            ROWS, HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM, STREAM, STREAMS,
+            ROWS, HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM, STREAM, STREAMS, STAGES,
         )  # fmt: skip
     if which == 1:
         _backward_piece(
@@ -296,7 +302,7 @@ def heads_backward_kernel(
             k_weight, k_rstd, k_grad, k_partial, cos, cos_row, sin, sin_row,
             lengths, lengths_batch, lengths_stream,
             batch, k_rows, k_total, k_offset, position, first_keys, second_keys,
-            ROWS, HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM, STREAM, STREAMS,
+            ROWS, HEADS, HEAD_DIM, HALF, BLOCK_H, INTERLEAVED, NORM, STREAM, STREAMS, STAGES,
         )  # fmt: skip
     if v_grad is not None:
         if which == 2:
@@ -305,5 +311,5 @@ def heads_backward_kernel(
                 None, None, v_grad, None, None, 0, None, 0,
                 lengths, lengths_batch, lengths_stream,
                 batch, k_rows, k_total, k_offset, position, first_keys, second_keys,
-                ROWS, HEADS, HEAD_DIM, HALF, BLOCK_H, True, False, STREAM, STREAMS,
+                ROWS, HEADS, HEAD_DIM, HALF, BLOCK_H, True, False, STREAM, STREAMS, STAGES,
             )  # fmt: skip

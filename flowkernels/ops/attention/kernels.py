@@ -16,6 +16,9 @@ Tensor = torch.Tensor
 
 # Elements of a tile: whole vectors of 16 bytes for each thread of a few warps.
 _TILE = 1024
+# Tiles of a token in flight: with two, the next heads are on their way to shared memory while some
+# are normed. One until a GPU has shown the gain (bench.tune).
+_STAGES = 1
 # Registers of a thread. Left to itself ptxas may aim at fewer than a tile needs, and spill. Halves
 # take two loads of 16 bytes a thread, so a thread holds twice as many elements; mixed dtypes are
 # converted from one layout to another.
@@ -92,6 +95,7 @@ def _options(q: Tensor, rope: Rope, layout: Layout, norm: bool) -> dict[str, Any
         "NORM": norm,
         "STREAM": layout.stream,
         "STREAMS": layout.streams,
+        "STAGES": _STAGES,
         "num_warps": warps_for(elements, q.element_size()),
     }
 
