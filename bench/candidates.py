@@ -231,9 +231,9 @@ def choices(capability: int | None = None) -> list[Choice]:
         present = torch.cuda.is_available()
         capability = _triton.capability_of(torch.device("cuda")) if present else 90
     return [
-        *_core_choices(),
         *_modulate_choices(),
-        *_tile_choices(capability),
         *_heads_choices(),
+        *_core_choices(),
+        *_tile_choices(capability),
         *_sample_choices(),
     ]
