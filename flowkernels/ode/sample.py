@@ -101,7 +101,7 @@ class _Field:
         if noise.device.type == "cpu":
             # All of the schedule's in one go, in half the host time. Elsewhere that would be a
             # copy from the host, which a stream that is being captured refuses.
-            made = torch.tensor(times, dtype=torch.float32)[:, None].expand(-1, rows)
+            made = torch.tensor(times, dtype=torch.float32, device="cpu")[:, None].expand(-1, rows)
             self.ready.update(zip(times, made.contiguous().unbind(), strict=True))
 
     def at(self, rows: Tensor, t: float) -> Tensor:

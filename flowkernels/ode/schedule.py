@@ -90,7 +90,8 @@ class Schedule:
         if not all(type(time) in (int, float) for time in times):
             raise ValueError("times must be numbers")
         return Schedule(
-            torch.tensor(times, dtype=torch.float64), origin=str(value.get("origin", "json"))
+            torch.tensor(times, dtype=torch.float64, device="cpu"),
+            origin=str(value.get("origin", "json")),
         )
 
     def to_diffusers(self, scheduler: Any, device: str | torch.device | None = None) -> Any:
@@ -210,7 +211,7 @@ def from_sigmas(sigmas: Sequence[float] | Tensor) -> Schedule:
 def _float64(values: Sequence[float] | Tensor, name: str) -> Tensor:
     """On the CPU; numbers of a list keep every digit."""
     try:
-        return torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} is {values!r}; it must be numbers") from None
 
@@ -218,4 +219,4 @@ def _float64(values: Sequence[float] | Tensor, name: str) -> Tensor:
 def _grid(n: int) -> Tensor:
     if type(n) is not int or n < 1:
         raise ValueError(f"n is {n!r}; it must be an int of at least 1")
-    return torch.arange(n, -1, -1, dtype=torch.float64) / n
+    return torch.arange(n, -1, -1, dtype=torch.float64, device="cpu") / n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ _TRANSFORM_ERROR = (
 def in_forward_mode() -> bool:
     """Inside ``torch.autograd.forward_ad.dual_level()``: a tensor may have a tangent."""
     return forward_ad._current_level >= 0
+
+
+def transforms_tensors() -> bool:
+    """Inside ``torch.func`` or forward mode, whose tensors carry what no kernel sees."""
+    if torch.compiler.is_compiling():
+        return False
+    return in_forward_mode() or torch._C._are_functorch_transforms_active()
 
 
 def refuse_transforms(args: tuple[Any, ...]) -> None:
@@ -82,6 +90,14 @@ def _distinct(args: Sequence[Any]) -> list[Any]:
     return found
 
 
+def outside_autocast(tensors: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Autocast off for the tensors' device, where it has one (meta tensors have none)."""
+    kind = next((x.device.type for x in tensors if isinstance(x, Tensor)), "meta")
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
 def reference_gradients(
     formula: Callable[..., Any],
     inputs: Sequence[Tensor | None],
@@ -93,7 +109,8 @@ def reference_gradients(
     Inputs are taken through views, so each has a gradient of its own even where one tensor was
     passed twice.
     """
-    with torch.enable_grad():
+    # Autocast would take the products of the formula's own backward pass in a narrower dtype.
+    with torch.enable_grad(), outside_autocast(inputs):
         taken = [None if x is None else x.view_as(x) for x in inputs]
         outputs = formula(*taken)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -77,7 +77,7 @@ def adopt_state(
     state: dict[str, Any] = {}
     for key, value in saved.items():
         if key == "step":
-            step = torch.as_tensor(value, dtype=torch.float32)
+            step = torch.as_tensor(value, dtype=torch.float32, device=param.device)
             state[key] = step.detach().reshape(()).to(param.device, copy=True)
         elif key != "exp_avg" or first_moment:
             if value.shape != param.shape:

@@ -236,3 +236,52 @@ def test_event_gradients_are_torchdiffeqs() -> None:
     expected = _bounce(None, torchdiffeq.odeint_event, torchdiffeq.odeint)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+
+
+# ---- forward mode --------------------------------------------------------------------------------
+
+FIXED = ("euler", "midpoint", "heun3", "rk4", "explicit_adams", "implicit_adams")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("wanted", ["y0", "parameters", "t"])
+def test_forward_mode_agrees_with_reverse_mode(method: str, wanted: str) -> None:
+    """Tangents are no `requires_grad`: a kernel that took the values alone would drop them."""
+    field, y0, t, _ = _problem()
+    field.requires_grad_(False)
+    y0, t = y0.detach(), t.detach()
+
+    def solve(value: Tensor) -> Tensor:
+        func = (lambda t, y: field(t, y) * value) if wanted == "parameters" else field
+        at = value if wanted == "t" else t
+        return odeint(func, value if wanted == "y0" else y0, at, method=method)[-1].sum()
+
+    given = {"y0": y0, "parameters": torch.ones((), dtype=torch.float64), "t": t}[wanted]
+    ahead, back = torch.func.jacfwd(solve)(given), torch.func.jacrev(solve)(given)
+    assert ahead.abs().max() > 1e-3
+    torch.testing.assert_close(ahead, back, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "dopri5"])
+def test_dual_tensors_keep_their_tangents(method: str) -> None:
+    t = torch.linspace(0, 1, 4)
+    with torch.autograd.forward_ad.dual_level():
+        y0 = torch.autograd.forward_ad.make_dual(torch.ones(3), torch.ones(3))
+        y1 = odeint(lambda t, y: -y, y0, t, method=method)[-1]
+        value, tangent = torch.autograd.forward_ad.unpack_dual(y1)
+    torch.testing.assert_close(tangent, value)  # both are exp(-t), by the method
+
+
+def test_cubic_interpolation_has_a_gradient_at_points_of_the_grid() -> None:
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    options = {"step_size": 0.25, "interp": "cubic"}
+    found, theirs = (
+        torch.autograd.grad(
+            solve(lambda t, y: -y, torch.ones(1, dtype=torch.float64), t, method="rk4",
+                  options=options)[1].sum(),
+            t,
+        )[0]
+        for solve in (odeint, torchdiffeq.odeint)
+    )  # fmt: skip
+    torch.testing.assert_close(found, theirs)
+    assert found[1] < -0.6

@@ -54,3 +54,12 @@ def test_a_name_that_was_changed_since_is_left_alone() -> None:
         assert torchdiffeq.odeint is mine
     finally:
         torchdiffeq.odeint = before
+
+
+def test_installing_within_leaves_it_to_the_outer_block() -> None:
+    theirs = torchdiffeq.odeint
+    with ours.install():
+        with ours.install():
+            pass
+        assert torchdiffeq.odeint is ode.odeint
+    assert torchdiffeq.odeint is theirs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -267,3 +268,39 @@ def test_warnings_are_torchdiffeqs() -> None:
     with pytest.warns(UserWarning, match="An adjoint parameter was passed without requiring"):
         odeint_adjoint(_decay, y0, T, adjoint_params=(fixed,),
                        adjoint_options={"norm": lambda parts: parts[1].abs().max()})  # fmt: skip
+
+
+def test_times_to_stop_at_keep_the_precision_of_numbers() -> None:
+    """A list through float32 would put the jumps where they are not, and steps beside them."""
+
+    def jumping(t: Tensor, y: Tensor) -> Tensor:
+        return torch.where(t < 0.2, 1.0, torch.where(t < 0.55, -20.0, 5.0)).to(y)
+
+    y0 = torch.zeros(1, dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    exact = 0.2 - 20 * 0.35 + 5 * 0.45
+    for jumps in ([0.2, 0.55], torch.tensor([0.2, 0.55], dtype=torch.float64)):
+        spy = Spy(jumping)
+        found = odeint(spy, y0, t, rtol=1e-6, atol=1e-8, options={"jump_t": jumps})[-1]
+        assert abs(float(found) - exact) < 1e-12
+        assert spy.calls < 60
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_tolerances_of_each_element(kind: Any) -> None:
+    values = kind([1e-3, 1e-4, 1e-5])
+    ours, theirs = (
+        solve(_decay, torch.ones(3), T, rtol=values, atol=values)
+        for solve in (odeint, torchdiffeq.odeint)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tolerance_that_is_none_is_named() -> None:
+    with pytest.raises(TypeError, match="rtol: got str, need a number, or one for each element"):
+        odeint(_decay, torch.ones(3), T, rtol="tight")
+
+
+def test_an_unknown_interpolation_is_refused_where_none_is_needed() -> None:
+    with pytest.raises(ValueError, match="Unknown interpolation method x"):
+        odeint(_decay, torch.ones(3), T, method="rk4", options={"interp": "x"})

@@ -288,7 +288,7 @@ def grid_times(times: Any) -> Tensor:
     if isinstance(times, Schedule):
         return times.times
     try:
-        values = torch.as_tensor(times, dtype=torch.float64).detach().cpu()
+        values = torch.as_tensor(times, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"times: got {type(times).__name__}, need numbers [N+1]") from None
     if values.dim() != 1 or len(values) < 2:

@@ -31,7 +31,7 @@ POST_PASS = 64 << 20
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside, float32 products are float32: no TF32 or bfloat16, whatever the process has set."""
+    """Inside, float32 products are float32: no TF32, bfloat16 or autocast, whatever is set."""
     backends: tuple[Any, ...] = (
         torch.backends.cuda.matmul,
         torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
@@ -40,7 +40,8 @@ def full_precision() -> Iterator[None]:
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
@@ -153,8 +154,8 @@ def jump_costs(gram_BRR: Tensor, times: Tensor, residuals: bool) -> Tensor:
     gram_BRR = gram_BRR.double().cpu()
     B, R, N = len(gram_BRR), gram_BRR.shape[1], len(times) - 1
     weights_RK = _weights(times, residuals)
-    costs = torch.zeros(B, N + 1, N + 1, dtype=torch.float64)
-    first = torch.arange(0, R, 2 if residuals else 1)
+    costs = torch.zeros(B, N + 1, N + 1, dtype=torch.float64, device="cpu")
+    first = torch.arange(0, R, 2 if residuals else 1, device="cpu")
     for b in _blocks(B, POST_PASS // (8 * max(1, R * max(R, N + 1)))):
         triangle = gram_BRR[b].triu() + gram_BRR[b].triu(1)
         terms_BRK = weights_RK * (triangle @ weights_RK)
@@ -166,13 +167,13 @@ def jump_costs(gram_BRR: Tensor, times: Tensor, residuals: bool) -> Tensor:
 def _weights(times: Tensor, residuals: bool) -> Tensor:
     """w_r(k), float64 [R, N+1]."""
     N = len(times) - 1
-    k = torch.arange(N + 1)
-    inner = torch.arange(1, N)  # the l of a_l
+    k = torch.arange(N + 1, device="cpu")
+    inner = torch.arange(1, N, device="cpu")  # the l of a_l
     increments = torch.where(inner[:, None] < k, times - times[1:N, None], 0.0)
     if not residuals:
         return increments
-    weights = torch.empty(2 * N - 1, N + 1, dtype=torch.float64)
-    weights[0::2] = (torch.arange(N)[:, None] < k).double()
+    weights = torch.empty(2 * N - 1, N + 1, dtype=torch.float64, device="cpu")
+    weights[0::2] = (torch.arange(N, device="cpu")[:, None] < k).double()
     weights[1::2] = increments
     return weights
 

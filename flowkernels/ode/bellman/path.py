@@ -187,7 +187,7 @@ def checked_discount(discount: Any) -> float:
 
 def _checked_cost(cost: Any, steps: int) -> Costs:
     try:
-        values = torch.as_tensor(cost, dtype=torch.float64).detach().cpu()
+        values = torch.as_tensor(cost, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"cost: got {type(cost).__name__}, need numbers [N+1, N+1]") from None
     if values.shape != (steps + 1, steps + 1):

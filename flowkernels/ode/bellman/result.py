@@ -202,7 +202,7 @@ class BellmanSchedules:
                 grid=_schedule(value["grid"]),
                 schedules=schedules,
                 stops={int(K): [int(i) for i in stops] for K, stops in value["stops"].items()},
-                cost=torch.tensor(value["cost"], dtype=torch.float64),
+                cost=torch.tensor(value["cost"], dtype=torch.float64, device="cpu"),
                 samples=int(value["samples"]),
                 rises=tuple(map(int, value["rises"])),
                 stability={

@@ -20,6 +20,7 @@ from flowkernels.ode.solvers.stages import (
     stage_times,
 )
 from flowkernels.ode.tableaus import Tableau
+from flowkernels.ops._autograd import transforms_tensors
 
 Tensor = torch.Tensor
 
@@ -61,7 +62,7 @@ class HostAdaptive:
         outputs = Outputs(problem.y0, len(times))
         if len(times) > 1:
             self._begin(times[0])
-            graded = problem.t.unbind(0) if problem.t.requires_grad else None
+            graded = problem.t.unbind(0) if self._graded() else None
             for index, t in enumerate(times[1:], 1):
                 interval = self._advance(t)
                 at = None if graded is None else graded[index]
@@ -138,7 +139,7 @@ class HostAdaptive:
         problem, control = self.problem, self.control
         self.t, self.y = t0, problem.y0
         start = problem.t[0]
-        self.start: Tensor | None = start.to(torch.float64) if start.requires_grad else None
+        self.start: Tensor | None = start.to(torch.float64) if self._graded() else None
         self.slope = problem.slope(self._time(t0, self.start), self.y)
         if control.first_step is not None:
             self.dt = control.first_step
@@ -156,6 +157,10 @@ class HostAdaptive:
                 self.copy, self.slope = True, before
         self.next_stop = bisect.bisect(self.stops, (t0, True))
         self.last: Interval | None = None
+
+    def _graded(self) -> bool:
+        """Whether gradients or tangents run through the times."""
+        return self.problem.t.requires_grad or transforms_tensors()
 
     def _advance(self, t: float) -> Interval:
         """Steps until t is passed; the step that it lies in."""
@@ -281,11 +286,12 @@ def dense_coefficients(
 ) -> tuple[list[float], list[Tensor]]:
     """(τ at the steps' ends, coefficients [5, ...] of each step's quartic in x)."""
     times, coefficients = [solver.problem.t.tolist()[0]], []
-    weights = torch.tensor(solver.tableau.interpolant, dtype=torch.float64)
+    weights = torch.tensor(solver.tableau.interpolant, dtype=torch.float64, device="cpu")
     for interval in solver.intervals():
         stages = torch.stack(interval.ks)
         table = weights.to(device=stages.device, dtype=stages.dtype)
-        terms = torch.tensordot(table, stages, 1) * (solver.problem.sign * interval.dt)
+        with torch.autocast(stages.device.type, enabled=False):
+            terms = torch.tensordot(table, stages, 1) * (solver.problem.sign * interval.dt)
         coefficients.append(torch.cat([interval.y0.unsqueeze(0), terms]))
         times.append(interval.t1)
         if each is not None:

@@ -110,7 +110,7 @@ def _times_from(values: Any, start: Tensor, problem: Problem) -> Tensor:
     """The times from the start on, in order."""
     if values is None:
         return torch.empty(0, dtype=torch.float64, device=problem.y0.device)
-    times = torch.as_tensor(values, device=problem.y0.device).to(torch.float64)
+    times = torch.as_tensor(values, dtype=torch.float64, device=problem.y0.device)
     return times[times >= start.to(torch.float64)].sort().values
 
 

@@ -13,6 +13,7 @@ from flowkernels.ode.solvers.events import find_event
 from flowkernels.ode.solvers.problem import Outputs, Problem, require
 from flowkernels.ode.solvers.stages import Sums, runge_kutta, share_memory, shifted
 from flowkernels.ode.tableaus import Tableau
+from flowkernels.ops._autograd import transforms_tensors
 
 Tensor = torch.Tensor
 Times = Sequence[Tensor]
@@ -79,6 +80,8 @@ class FixedGrid:
         self.interp = options.pop("interp", "linear")
         self.perturb = options.pop("perturb", False)
         self.stepper = make(problem, self.sums, options)
+        if self.interp not in ("linear", "cubic"):
+            raise ValueError(f"Unknown interpolation method {self.interp}")
         if options:
             warnings.warn(f"{self.stepper.name}: Unexpected arguments {options}", stacklevel=4)
         if self.step_size is not None and self.grid_constructor is not None:
@@ -95,7 +98,7 @@ class FixedGrid:
         require(ends, "the grid must begin and end with the first and last of t")
         steps = grid[1:] - grid[:-1]
         times = self._stage_times(grid, steps)
-        graded = grid.requires_grad or out_times.requires_grad
+        graded = grid.requires_grad or out_times.requires_grad or transforms_tensors()
         points: Any = grid if graded else grid.tolist()
         sizes: Any = steps * problem.sign
         sizes = sizes.unbind(0) if graded else sizes.tolist()
@@ -109,7 +112,8 @@ class FixedGrid:
             exact = at < len(wanted) and end == wanted[at]
             y1, first = self.stepper.step(times[index], y, dt, outputs.room if exact else None)
             while at < len(wanted) and end >= wanted[at]:
-                if end == wanted[at]:
+                # A cubic has a slope there, which is the gradient to the time.
+                if end == wanted[at] and not (graded and self.interp == "cubic"):
                     outputs.append(y1)
                 else:
                     inside = self._interpolant(points[index], points[index + 1], y, first, y1, dt)
@@ -178,8 +182,6 @@ class FixedGrid:
         """A function of τ between t0 and t1: linear, or cubic with the slopes at both ends."""
         if self.interp == "linear":
             return lambda t: y0 + ((t - t0) / (t1 - t0)) * (y1 - y0)
-        if self.interp != "cubic":
-            raise ValueError(f"Unknown interpolation method {self.interp}")
         end = (
             t1
             if isinstance(t1, Tensor)

@@ -256,8 +256,8 @@ def check_inputs(
         y0=y0,
         t=t,
         sign=sign,
-        rtol=_tolerance(rtol, y0),
-        atol=_tolerance(atol, y0),
+        rtol=_tolerance("rtol", rtol, y0),
+        atol=_tolerance("atol", atol, y0),
         method=method,
         norm=options.pop("norm", None),
         options=options,
@@ -315,8 +315,16 @@ def _check_samples(packing: Packing) -> None:
         raise ValueError(f"y0: got tensors of shapes {shapes}, need one B in front for per_sample")
 
 
-def _tolerance(value: Any, y0: Tensor) -> float | Tensor:
+def _tolerance(name: str, value: Any, y0: Tensor) -> float | Tensor:
     """A number where it is one, so that it reaches the kernels without a look at the device."""
+    if not isinstance(value, (int, float, Tensor)):  # a list or an array, one for each element
+        try:
+            value = torch.as_tensor(value, dtype=torch.float64, device=y0.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(value).__name__
+            raise TypeError(
+                f"{name}: got {kind}, need a number, or one for each element"
+            ) from error
     if isinstance(value, Tensor) and value.dim() > 0:
         compute = torch.promote_types(y0.dtype, torch.float32).to_real()
         return value.to(device=y0.device, dtype=compute)

@@ -39,7 +39,7 @@ class SciPy:
 
         def slope(tau: float, values: Any) -> Any:
             time = torch.tensor(problem.sign * tau, dtype=dtype, device=y0.device)
-            y = torch.tensor(values).to(y0).reshape(y0.shape)
+            y = torch.from_numpy(values).to(y0).reshape(y0.shape)
             with torch.no_grad():
                 k = problem.sign * problem.slope(time, y)
             return k.cpu().numpy().reshape(-1)
@@ -61,7 +61,7 @@ class SciPy:
         )
         if not found.success:
             raise RuntimeError(f"scipy_solver: {found.message}")
-        return torch.tensor(found.y).T.to(y0).reshape(-1, *y0.shape)
+        return torch.from_numpy(found.y).T.to(y0).reshape(-1, *y0.shape)
 
     def integrate_until_event(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("scipy_solver: has no events, need another method for event_fn")

@@ -1,7 +1,7 @@
 """What every Runge–Kutta step is made of: stage sums, error norms, the times of the stages.
 
-Without gradients a stage sum is one kernel, and so is an error norm. With gradients, complex
-states, other norms and tolerances by element it is plain PyTorch.
+Without gradients a stage sum is one kernel, and so is an error norm. With gradients, tangents,
+complex states, other norms and tolerances by element it is plain PyTorch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from flowkernels.ode.solvers.problem import Problem
 from flowkernels.ode.tableaus import Tableau
 from flowkernels.ops import _library
+from flowkernels.ops._autograd import transforms_tensors
 from flowkernels.ops._samples import per_sample
 from flowkernels.ops.step import _operators as operators
 
@@ -33,7 +34,7 @@ class Sums:
     def __init__(self, problem: Problem) -> None:
         y0 = problem.y0
         self.problem = problem
-        served = y0.dtype in _KERNEL_DTYPES
+        served = y0.dtype in _KERNEL_DTYPES and not transforms_tensors()
         self.kernels = _library.choose("rk_combine", y0.device, served) != "reference"
         self.compute = torch.promote_types(y0.dtype, torch.float32)
         self.half = y0.dtype != self.compute
@@ -56,7 +57,7 @@ class Sums:
         """
         if len(ks) == 1 and not isinstance(dt, Tensor):
             (k,) = ks  # half a kernel's host time, differentiable, and read at any strides
-            if out is None or k.requires_grad or y.requires_grad:
+            if out is None or not self.kernels or k.requires_grad or y.requires_grad:
                 return torch.add(y, k, alpha=weights[0] * dt)
             return torch.add(y, k, alpha=weights[0] * dt, out=out)
         if self.plain(y, *ks) or (isinstance(dt, Tensor) and dt.requires_grad):

@@ -20,6 +20,7 @@ from flowkernels.ode.solvers.fused import FusedSteps, Taken
 from flowkernels.ode.solvers.problem import Problem
 from flowkernels.ode.solvers.stages import Sums, runge_kutta, share_memory, shifted
 from flowkernels.ode.tableaus import Tableau
+from flowkernels.ops._autograd import transforms_tensors
 from flowkernels.ops.step.reference import ACCEPTED, MOVING, STUCK, next_sizes
 
 Tensor = torch.Tensor
@@ -40,6 +41,7 @@ def wants_tensors(problem: Problem) -> bool:
     late = every is None and problem.y0.device.type == "cuda"
     stops = problem.options.get("step_t") is not None or problem.options.get("jump_t") is not None
     graded = torch.is_grad_enabled() and (problem.y0.requires_grad or problem.t.requires_grad)
+    graded = graded or transforms_tensors()
     looks = stops or graded or problem.event_fn is not None or bool(problem.callbacks)
     return (late or (every or 1) > 1) and not looks
 
@@ -128,7 +130,8 @@ class TensorAdaptive:
         self.slope = self.slope_at(self.t, self.y)
         count = self.rows[0] if self.rows else 1
         self.pending = count * (len(problem.t) - 1)
-        self.taken = torch.zeros(count, dtype=torch.int64)  # since the last output, on the host
+        # Since the last output, on the host.
+        self.taken = torch.zeros(count, dtype=torch.int64, device="cpu")
         if control.first_step is not None:
             self.dt = torch.full_like(self.t.detach(), control.first_step)
         else:
@@ -218,7 +221,7 @@ class TensorAdaptive:
         """Start the copy of a record to the host where the host will look a step late."""
         if record.device.type != "cuda":
             return None
-        host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
+        host = torch.empty(record.shape, dtype=record.dtype, device="cpu", pin_memory=True)
         host.copy_(record, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
