@@ -151,23 +151,29 @@ FK_INLINE int64_t keys_of(const Attention& a, int64_t b) {
 // Maxima, exponentials and their sums over the keys, of `rows` queries side by side.
 FK_INLINE void softmax(const Matrix& p, int64_t keys, int64_t columns, float scale, float* maximum,
                        float* sum) {
+  // The largest score is that of the largest product, or of the least one.
+  const float sign = scale < 0.f ? -1.f : 1.f;
   for (int64_t j = 0; j < columns; j += kLanes) {
-    Lanes top = lanes(p.data + j) * scale;
+    Lanes top = lanes(p.data + j) * sign;
     for (int64_t s = 1; s < keys; ++s) {
-      const Lanes x = lanes(p.row(s) + j) * scale;
+      const Lanes x = lanes(p.row(s) + j) * sign;
       top = x > top ? x : top;
     }
-    lanes(maximum + j) = top;
+    lanes(maximum + j) = top * sign;
     lanes(sum + j) = Lanes{};
   }
   for (int64_t s = 0; s < keys; ++s) {
     float* row = p.row(s);
 #pragma omp simd
     for (int64_t r = 0; r < columns; ++r) {
-      row[r] = vector_exp(row[r] * scale - maximum[r]);
+      // Products are subtracted, then scaled. A difference of scores, fused with the scaling of
+      // one, is off by the other's rounding: beyond 88 where they are large.
+      row[r] = vector_exp((row[r] - maximum[r]) * scale);
       sum[r] += row[r];
     }
   }
+#pragma omp simd
+  for (int64_t r = 0; r < columns; ++r) maximum[r] *= scale;
 }
 
 // Where a worker keeps one head.

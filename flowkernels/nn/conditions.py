@@ -59,12 +59,14 @@ def check_layers(layers: Sequence[int], count: int) -> None:
         raise ValueError(f"layers is {tuple(layers)}; it needs block indices from 0 to {count - 1}")
 
 
-def key_lengths(x: Tensor, text_lengths: Tensor | None) -> Tensor | None:
+def key_lengths(x: Tensor, text: Tensor, text_lengths: Tensor | None) -> Tensor | None:
     """[B, 2] int32: valid tokens of the image (all) and of the text; None where all are."""
     if text_lengths is None:
         return None
     image = torch.full_like(text_lengths, x.shape[1])
-    return torch.stack([image, text_lengths], dim=1).to(torch.int32)
+    # Before they are added up or cast: a length out of range would reach into the image.
+    valid = text_lengths.clamp(0, text.shape[1])
+    return torch.stack([image, valid], dim=1).to(torch.int32)
 
 
 def _check_image(config: MMDiTConfig, x: Tensor, B: int) -> None:

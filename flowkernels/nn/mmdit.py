@@ -321,7 +321,7 @@ class MMDiT(nn.Module):
         """
         joint, single, final = self._modulation(vector)
         rope = self._rope(grid, c)
-        lengths = key_lengths(x, text_lengths)
+        lengths = key_lengths(x, c, text_lengths)
         after = _Chunks(single[0], single[0]) if single else _Chunks(final, ())
         x_normed = modulated_norm(x, *joint[0].image[:2], eps=self.config.eps)
         c_normed = modulated_norm(c, *joint[0].context[:2], eps=self.config.eps)

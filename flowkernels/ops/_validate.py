@@ -42,6 +42,9 @@ def kernels_read(*tensors: Tensor | None) -> bool:
     return True
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def as_number(value: Any, name: str) -> float:
     """``value`` as a float: a number, or what holds one (a numpy scalar, a 0-d tensor)."""
     if isinstance(value, (int, float)):
@@ -49,13 +52,22 @@ def as_number(value: Any, name: str) -> float:
     held = value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")
     if not held:
         raise TypeError(f"{name}: got {type(value).__name__}, need a number")
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            f"{name}: got a tensor that requires a gradient, need a number: none flows to it"
+        )
     return float(value)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether :func:`as_finite` has nothing to do."""
+    return isinstance(value, (int, float)) and abs(value) <= _LARGEST
+
+
 def as_finite(value: Any, name: str) -> float:
-    """:func:`as_number`, and neither infinite nor NaN."""
+    """:func:`as_number`, and neither NaN nor infinite in float32, which kernels compute in."""
     number = as_number(value, name)
-    if not -float("inf") < number < float("inf"):
+    if not abs(number) <= _LARGEST:
         raise ValueError(f"{name}: got {number}, need a finite number")
     return number
 

@@ -6,13 +6,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 import flowkernels
 from flowkernels.losses import fgm, flow_matching, interpolate
-from flowkernels.ode import euler_step
-from flowkernels.ops import gated_residual, gated_residual_norm, gelu_tanh, modulated_norm, swiglu
+from flowkernels.ode import bellman_cost, euler_step, odeint, odeint_dense, sample, uniform
+from flowkernels.ops import (
+    gated_residual,
+    gated_residual_norm,
+    gelu_tanh,
+    joint_attention,
+    modulated_norm,
+    swiglu,
+)
+from flowkernels.optim import AdamWEMA
 
 ROWWISE = {
     "modulated_norm": lambda x: modulated_norm(x, x[:, 0], x[:, 0]),
@@ -159,3 +168,118 @@ def test_activation_gradients_in_the_far_tails(value: float):
     u = torch.tensor([value], requires_grad=True)
     (gradient,) = torch.autograd.grad(gelu_tanh(u).sum(), u)
     torch.testing.assert_close(gradient, torch.tensor([float(value > 0)]), rtol=0, atol=0)
+
+
+# ---- what the process or the caller has set ------------------------------------------------------
+
+
+def test_autocast_does_not_reach_second_order_gradients():
+    q, k, v = torch.randn(3, 2, 7, 2, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    q = q.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = joint_attention((q, k, v)).square().sum()
+        (first,) = torch.autograd.grad(out, q, retain_graph=True)
+        (graphed,) = torch.autograd.grad(out, q, create_graph=True)
+    torch.testing.assert_close(graphed, first, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_does_not_reach_products_of_solvers():
+    velocities = torch.randn(6, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    dense = (lambda t, y: -y, torch.ones(2), torch.tensor(0.0), torch.tensor(1.0))
+    at = torch.tensor(0.37)
+    cost, state = bellman_cost(velocities, uniform(6)), odeint_dense(*dense)(at)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(bellman_cost(velocities, uniform(6)), cost)
+        torch.testing.assert_close(odeint_dense(*dense)(at), state, rtol=1e-6, atol=1e-7)
+
+
+def test_seeded_noise_under_another_default_dtype():
+    x0, t = torch.zeros(2, 3, 4).transpose(1, 2), torch.rand(2)
+    _, noise = interpolate(x0, t, seed=1, return_noise=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = interpolate(x0, t, seed=1, return_noise=True)[1]
+        interpolate(torch.zeros(2, 3), t, seed=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, noise)
+
+
+def test_another_default_device():
+    x, lin, velocities = torch.randn(3, 2), torch.linspace(0, 1, 3), torch.randn(4, 3, 2)
+    decay = lambda t, y: -y  # noqa: E731
+    parameter = torch.nn.Parameter(torch.randn(3))
+    parameter.grad = torch.ones(3)
+    optimizer = AdamWEMA([parameter], 1e-2)
+    optimizer.step()
+    torch.set_default_device("meta")
+    try:
+        schedule = uniform(4)
+        made = [
+            sample(lambda x, t: x * t[:, None], x, schedule),
+            odeint(decay, x, lin, options={"per_sample": True}),
+            odeint(decay, x, lin, method="scipy_solver"),
+            odeint_dense(decay, x, lin[0], lin[1])(lin[1]),
+            bellman_cost(velocities, schedule),
+        ]
+        optimizer.load_state_dict(optimizer.state_dict())
+    finally:
+        torch.set_default_device(None)
+    assert {each.device.type for each in made} == {"cpu"}
+    assert optimizer.state[parameter]["step"].device.type == "cpu"
+
+
+def test_attention_on_meta_tensors():
+    q = torch.empty(2, 3, 2, 4, device="meta")
+    assert joint_attention((q, q, q)).shape == (2, 3, 8)
+
+
+def test_large_scores_are_no_nan():
+    """A score's product and the largest one's subtraction are one rounding, its maximum two."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 9, 2, 8, generator=draw).unbind(0)
+    for scale in (1e5, 1e12, 1e30):
+        ours = joint_attention((q * 1e3, k, v), scale=scale).unflatten(-1, (2, 8))
+        heads = [(x * 1e3 if x is q else x).transpose(1, 2) for x in (q, k, v)]
+        theirs = F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2)
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
+def test_scales_of_fgm_are_finite(value):
+    v, rest = torch.randn(4, 3, requires_grad=True), torch.randn(3, 4, 3).unbind(0)
+    with pytest.raises(ValueError, match="lam: got"):
+        fgm(v, *rest, torch.rand(4), lam=value)
+    with pytest.raises(ValueError, match="guidance: got"):
+        fgm(v, *rest, torch.rand(4), u_uncond=rest[0], guidance=value)
+
+
+def test_numbers_that_want_a_gradient_are_refused_not_lost():
+    learned = torch.tensor(0.5, requires_grad=True)
+    x, q = torch.randn(2, 3), torch.randn(1, 3, 1, 4)
+    for name, call in {
+        "scale": lambda s: joint_attention((q, q, q), scale=s),
+        "guidance": lambda s: euler_step(x, x, 0.1, v_uncond=x, guidance=s),
+        "lam": lambda s: fgm(x, x, x, x, torch.rand(2), lam=s),
+        "eps": lambda s: modulated_norm(x[None], eps=s),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name}: got a tensor that requires a gradient"):
+            call(learned)
+        with torch.no_grad():
+            call(learned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_short_times_are_the_same_under_create_graph(dtype):
+    x = torch.randn(2, 3, requires_grad=True)
+    t = torch.tensor([0.001, 0.3], dtype=dtype)
+    dt = torch.tensor(-0.02, dtype=dtype)
+    for out in (
+        interpolate(x, t, torch.zeros(2, 3))[0].sum(),
+        euler_step(torch.zeros(2, 3), x, dt, v_uncond=torch.zeros(2, 3), guidance=7.3).sum(),
+    ):
+        plain, graphed = (
+            torch.autograd.grad(out, x, retain_graph=True, create_graph=graph)[0]
+            for graph in (False, True)
+        )
+        torch.testing.assert_close(graphed, plain, rtol=1e-6, atol=0)

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import torch
 
+from flowkernels.ops._autograd import outside_autocast
+
 Tensor = torch.Tensor
 
 ROUNDINGS = ("fp32", "torch", "diffusers")
@@ -190,7 +192,7 @@ def attention(
     dtype = promoted(q_BQHE, k_BSHE, v_BSHE)
     q, k, v = (x.transpose(1, 2).to(_wide(dtype)) for x in (q_BQHE, k_BSHE, v_BSHE))
     # Autocast would take the products in a narrower dtype than the op promises.
-    with torch.autocast(q.device.type, enabled=False):
+    with outside_autocast((q,)):
         scores_BHQS = q @ k.transpose(2, 3) * scale
         if lengths_B is not None:
             valid = torch.arange(k.shape[2], device=k.device) < lengths_B.unsqueeze(1)

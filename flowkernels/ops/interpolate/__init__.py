@@ -128,7 +128,7 @@ def _noise_of(x0: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         return reference.seeded_noise(x0, seed, offset)
     dtype = x0.dtype if kernels_read_samples(x0.new_empty(0)) else torch.float32
     like = torch.zeros(x0.shape, dtype=dtype, device=x0.device)
-    t = torch.zeros(x0.shape[:1], device=x0.device)
+    t = torch.zeros(x0.shape[:1], dtype=torch.float32, device=x0.device)
     arguments = (*_pair(seed), *_pair(offset), True)
     _, noise = operators.interpolate_seeded(backend, like, t, *arguments)
     return noise.to(x0.dtype)
@@ -229,7 +229,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """(1 - t)·grad and t·grad; plain, differentiable products under ``create_graph``."""
     if torch.is_grad_enabled():
-        time = per_sample(t, grad_x_t)
+        time = per_sample(t.to(torch.promote_types(t.dtype, torch.float32)), grad_x_t)
         factors = zip((1 - time, time), needed, strict=True)
         found = [factor * grad_x_t for factor, need in factors if need]
     else:

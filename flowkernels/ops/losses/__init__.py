@@ -17,7 +17,7 @@ from flowkernels.ops._samples import (
     kernels_read_samples,
     tracked,
 )
-from flowkernels.ops._validate import as_number, check_choice, check_tensor
+from flowkernels.ops._validate import as_finite, check_choice, check_tensor, is_finite
 from flowkernels.ops.losses import _operators as operators
 from flowkernels.ops.losses import reference
 from flowkernels.ops.losses._autograd import FGM, FLOW_MATCHING
@@ -217,7 +217,9 @@ def fgm(
     sid = normalize is not None if normalize in (None, "sid") else None
     operands = (u, v, x0, noise, u_uncond, t, weight)
     scale = 1.0 if u_uncond is None else guidance
-    found = FGM.plain("fgm", *operands, lam, scale, sid, code_of(reduction))
+    found = None
+    if is_finite(lam) and is_finite(scale):
+        found = FGM.plain("fgm", *operands, lam, scale, sid, code_of(reduction))
     if found is None:
         found = _fgm(*operands, lam, scale, normalize, reduction)
     loss: Tensor = found[0]
@@ -252,7 +254,7 @@ def _fgm(
     if normalize is not None:
         check_choice(normalize, "normalize", ("sid",))
     check_choice(reduction, "reduction", REDUCTIONS)
-    lam, guidance = as_number(lam, "lam"), as_number(guidance, "guidance")
+    lam, guidance = as_finite(lam, "lam"), as_finite(guidance, "guidance")
     sid = normalize is not None
     served = kernels_read_samples(u, v, x0, noise, u_uncond, weight) and not needs_grad(weight)
     backend = _library.choose("fgm", u.device, served)

@@ -158,7 +158,10 @@ class EulerStep(FusedFunction):
         needed = ctx.needs_input_grad[1:4]
         velocities = needed[1:]
         if torch.is_grad_enabled():
-            step = ctx.dt_value if dt is None else per_sample(dt, grad) if dt.dim() else dt
+            step: Any = ctx.dt_value
+            if dt is not None:  # in float32 at least, as the kernels have it
+                step = dt.to(torch.promote_types(dt.dtype, torch.float32))
+                step = per_sample(step, grad) if step.dim() else step
             factors = (ctx.guidance, 1.0 - ctx.guidance)
             found = [
                 step * factor * grad
