@@ -93,21 +93,22 @@ def bind(module: nn.Module, forward: Callable[..., Any], state: State) -> None:
     class's forward.
     """
     forward.__name__ = "forward"
-    wrapped = module.__dict__.get(ATTRIBUTE) is not None
     object.__setattr__(module, ATTRIBUTE, state)
-    if not wrapped:
+    if own_forward(module) is None:  # else it is ours already, or ours inside someone's wrapper
         object.__setattr__(module, "forward", types.MethodType(forward, module))
 
 
 def unbind(module: nn.Module, forward: Callable[..., Any]) -> bool:
     """Take the forward away again; False where a hook has wrapped it, so that it must stay."""
     own = module.__dict__.get("forward")
+    state: State | None = module.__dict__.get(ATTRIBUTE)
     if isinstance(own, types.MethodType) and own.__func__ is forward:
         object.__delattr__(module, "forward")
-        object.__delattr__(module, ATTRIBUTE)
-        return True
-    module.__dict__[ATTRIBUTE].active = False
-    return False
+    elif own is not None and state is not None:
+        state.active = False
+        return False
+    module.__dict__.pop(ATTRIBUTE, None)  # none where another handle has been here before
+    return True
 
 
 def own_forward(module: nn.Module) -> Any:

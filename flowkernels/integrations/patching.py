@@ -223,6 +223,9 @@ class Handle:
     def report(self) -> Report:
         """What is patched, what is skipped and why; ``str()`` of it is the table."""
         title = self._title + ("" if self._active else ", not applied")
+        gone = sum(ATTRIBUTE not in module.__dict__ for _, module, _ in self._bound)
+        if gone:
+            title += f", {gone} of {len(self._bound)} modules reverted by another handle"
         return Report(title, self._rows, [*self._past, *self._fallbacks()])
 
     def revert(self) -> None:
@@ -249,13 +252,14 @@ class Handle:
             self.revert()
 
     def _apply(self, plan: Plan) -> None:
-        served = {id(module) for _, module, _ in plan.served}
+        served, chosen = {id(module) for _, module, _ in plan.served}, (plan.ops, plan.exact)
         for _, module, chain in self._bound:
             if id(module) not in served:
                 unbind(module, chain.forward)
         for name, module, chain in plan.served:
             old: State | None = module.__dict__.get(ATTRIBUTE)
-            if old is None or (old.ops, old.exact, old.active) != (plan.ops, plan.exact, True):
+            same = old is not None and (old.ops, old.exact, old.active) == (*chosen, True)
+            if not same or own_forward(module) is None:
                 bind(module, chain.forward, State(name, plan.ops, plan.exact))
         self._title, self._rows, self._bound = plan.title, plan.rows, plan.served
         self._active = True

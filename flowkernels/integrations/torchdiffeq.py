@@ -22,13 +22,20 @@ _replaced: list[tuple[dict[str, Any], str, Any]] = []
 
 
 class Installed:
-    """What ``install`` returns: a context manager that uninstalls at its end."""
+    """What ``install`` returns: a context manager that uninstalls at its end.
+
+    Not where torchdiffeq's place was taken before: then that is how it stays.
+    """
+
+    def __init__(self, first: bool) -> None:
+        self._first = first
 
     def __enter__(self) -> Installed:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        uninstall()
+        if self._first:
+            uninstall()
 
 
 def install() -> Installed:
@@ -37,7 +44,7 @@ def install() -> Installed:
     A second call does nothing more than the first, but for modules imported between them.
 
     Returns:
-        A context manager; leaving it calls :func:`uninstall`.
+        A context manager; leaving it calls :func:`uninstall`, unless they were in place before.
 
     Raises:
         ImportError: torchdiffeq is not installed.
@@ -53,6 +60,7 @@ def install() -> Installed:
     """
     import torchdiffeq
 
+    first = not _replaced
     theirs = {name: _original(torchdiffeq, name) for name in NAMES if hasattr(torchdiffeq, name)}
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", None)
@@ -65,7 +73,7 @@ def install() -> Installed:
             which = next(key for key, value in theirs.items() if value is original)
             _replaced.append((names, name, original))
             names[name] = getattr(ode, which)
-    return Installed()
+    return Installed(first)
 
 
 def uninstall() -> None:

@@ -297,3 +297,50 @@ def test_a_block_on_its_own_and_a_shared_block():
     assert {row.module for row in report.rows} == {"0"}
     assert inputs_of(model)
     assert flowkernels.patch(sd3().transformer_blocks[0]).report().rows[0].module == ""
+
+
+def _bare(model) -> bool:
+    return not any(
+        "forward" in module.__dict__ or "_flowkernels_patch" in module.__dict__
+        for module in model.modules()
+    )
+
+
+def test_handles_of_a_model_and_of_a_part_of_it():
+    """Whichever is reverted first, the other finishes."""
+    model = sd3()
+    whole = flowkernels.patch(model)
+    flowkernels.patch(model.transformer_blocks[0]).revert()
+    assert "modules reverted by another handle" in str(whole.report())
+    whole.revert()
+    assert _bare(model)
+    with flowkernels.patch(model), flowkernels.patch(torch.nn.Sequential(model)):
+        pass
+    assert _bare(model)
+
+
+def test_an_error_inside_the_block_is_the_users():
+    model = sd3()
+
+    def use():
+        with flowkernels.patch(model):
+            flowkernels.patch(model.transformer_blocks[0]).revert()
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        use()
+    assert _bare(model)
+
+
+def test_patching_again_once_a_wrapper_is_gone():
+    model = sd3()
+    block = model.transformer_blocks[0]
+    flowkernels.patch(model)
+    ours = block.forward
+    block.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    flowkernels.patch(model).revert()  # the wrapper stays, and with it what it wraps
+    del block.forward
+    handle = flowkernels.patch(model)
+    assert "forward" in block.__dict__
+    handle.revert()
+    assert _bare(model)
