@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import difflib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -72,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _keep_memory()
     try:
         _dispatch(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody reads what is still to be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except _Exit as end:
         if end.reason:
             print(f"flowkernels: {end.reason}", file=sys.stderr)
@@ -100,7 +105,7 @@ def _dispatch(arguments: list[str]) -> None:
     if not arguments:
         raise _Exit(2, f"needs a command: {', '.join(_COMMANDS)}; see flowkernels --help")
     if arguments[0] in ("-h", "--help"):
-        commands = "\n".join(f"  {name:<13}{help_}" for name, (help_, _) in _COMMANDS.items())
+        commands = "\n".join(f"  {name:<16}{help_}" for name, (help_, _) in _COMMANDS.items())
         print(_OVERVIEW.format(commands=commands), end="")
         return
     name, rest = _command(arguments)
@@ -142,6 +147,8 @@ def _guarded(command: Callable[[str, list[str]], None], program: str, rest: list
         raise _Exit(
             2, f"this needs the package {package}: pip install 'flowkernels[train]'"
         ) from error
+    except BrokenPipeError:
+        raise
     except OSError as error:
         # A full disk, a folder without permission.
         raise _Exit(1, _one_line(error)) from error

@@ -82,6 +82,46 @@ def test_a_command_keeps_the_memory_of_a_step_for_the_next() -> None:
     assert faults("library") > 1000, "importing flowkernels leaves malloc as it is"
 
 
+# ---- pipes ---------------------------------------------------------------------------------------
+
+
+def piped(arguments: list[str], reads: int, folder: Path) -> tuple[int, str]:
+    """(exit code, the rest of standard error) of a command whose reader leaves after some lines."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flowkernels", *arguments], cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for _ in range(reads):
+        process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    return process.wait(120), said
+
+
+def test_help_whose_reader_leaves_is_quiet(tmp_path: Path) -> None:
+    code, said = piped(["--help"], 0, tmp_path)
+    assert (code, said) == (1, "")
+
+
+def test_a_run_goes_on_when_nobody_reads_its_lines(recipe: Path) -> None:
+    command = [
+        sys.executable, "-m", "flowkernels", "train", "--recipe", str(recipe),
+        "--steps", "30", "--log-every", "1",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=recipe.parent, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        env=environment,
+    )  # fmt: skip
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(120) == 0
+    assert list(recipe.parent.glob("**/weights.safetensors"))
+
+
 # ---- help ----------------------------------------------------------------------------------------
 
 
@@ -165,6 +205,42 @@ def test_exit_code_2_for_bad_recipes(recipe: Path, capsys: pytest.CaptureFixture
     assert "none.yaml: cannot read" in fails(capsys, 2, "train", "--recipe", "none.yaml")
     recipe.write_text("model: {dim: 10, heads: 3}")
     assert "dim is 10" in fails(capsys, 2, "train", "--recipe", str(recipe))
+
+
+@pytest.mark.parametrize("text", ["output: 2024-30-12", "steps: " + "[" * 5000, "\0"])
+def test_exit_code_2_for_yaml_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    assert main(["train", "--recipe", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "odd.yaml: not valid YAML" in said
+    assert said.count("\n") == 1
+
+
+def test_a_recipe_may_name_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    path = tmp_path / "fgm.yaml"
+    path.write_text("output: ~/runs/fgm\nteacher: ~/runs/teacher\n")
+    recipe = load_recipe(FGMRecipe, path)
+    assert recipe.output == "/home/somebody/runs/fgm"
+    assert recipe.teacher == "/home/somebody/runs/teacher"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--optim.weight-decay", "-1"], ["--optim.weight-decay", "inf"], ["--optim.eps", "nan"],
+        ["--seed", "99999999999999999999"], ["--model.mlp-ratio", "inf"],
+    ],
+)  # fmt: skip
+def test_exit_code_2_for_numbers_that_make_no_sense(
+    recipe: Path, capsys: pytest.CaptureFixture[str], option: list[str]
+) -> None:
+    assert main(["train", "--recipe", str(recipe), *option]) == 2
+    name = option[0].removeprefix("--").replace("-", "_")
+    assert f"{name}: got" in capsys.readouterr().err
 
 
 def test_exit_code_2_for_missing_or_corrupt_data(

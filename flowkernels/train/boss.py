@@ -26,7 +26,7 @@ from flowkernels.train.data import (
 )
 from flowkernels.train.errors import UsageError
 from flowkernels.train.export import WEIGHTS, TrainedModel
-from flowkernels.train.process import exclusive, resolve_device
+from flowkernels.train.process import StopRequest, exclusive, resolve_device
 from flowkernels.train.random_state import seed_everything
 from flowkernels.train.scheduling import (
     SCHEDULES,
@@ -154,9 +154,16 @@ class BOSSRecipe(TrainConfig):
             UsageError: settings that do not fit together, a missing teacher, or missing data.
             RunFailed: see `Trainer.run`.
         """
-        for trainer in self.trainers(console or Console(stderr=True)):
-            if trainer.run() == "interrupted":
-                return "interrupted"
+        students = self.trainers(console or Console(stderr=True))
+        trainer = next(students, None)
+        # From here on a signal is heard between two students as well.
+        with StopRequest() as stop:
+            while trainer is not None:
+                if trainer.run() == "interrupted":
+                    return "interrupted"
+                trainer = next(students, None)
+                if stop.requested and trainer is not None:
+                    return "interrupted"
         return "finished"
 
     def trainers(self, console: Console) -> Iterator[Trainer]:

@@ -12,6 +12,7 @@ of that name is complete, unless the disk damaged it later: sizes and checksums 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -25,13 +26,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flowkernels.train.files import atomic, sync
+from flowkernels.train.files import TEMPORARY, atomic, sync
 from flowkernels.train.state_tree import decode, encode
 
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 _TEMPORARY = ".tmp-checkpoint-"
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _FORMAT = 1
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class DamagedCheckpoint(Exception):
@@ -57,7 +59,7 @@ def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
 
 
 def save_checkpoint(folder: str | Path, step: int, state: Any, keep_last: int = 2) -> Path:
-    """Write the checkpoint of a step, then remove all but the newest `keep_last`.
+    """Write the checkpoint of a step, then remove all but it and the newest others.
 
     Args:
         folder: the run's folder, created if need be.
@@ -84,9 +86,20 @@ def save_checkpoint(folder: str | Path, step: int, state: Any, keep_last: int = 
         sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for _, old in list_checkpoints(folder)[:-keep_last]:
+    others = [path for _, path in list_checkpoints(folder) if path != final]
+    for old in others[: max(0, len(others) - keep_last + 1)]:
         _remove(old)
     return final
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name under which nothing counts, finds or prunes it."""
+    for number in itertools.count():
+        aside = path.with_name(f"damaged-{path.name}" + (f"-{number}" if number else ""))
+        if not aside.exists():
+            path.rename(aside)
+            return aside
+    raise AssertionError("unreachable")
 
 
 def load_checkpoint(path: str | Path) -> tuple[int, Any]:
@@ -97,6 +110,7 @@ def load_checkpoint(path: str | Path) -> tuple[int, Any]:
 
     Raises:
         DamagedCheckpoint: a file is missing, cut short or altered.
+        OSError: a file cannot be read (no permission, a disk that is away): it may be whole.
     """
     path = Path(path)
     try:
@@ -109,7 +123,7 @@ def load_checkpoint(path: str | Path) -> tuple[int, Any]:
         tensors = load_file(path / _TENSORS)
         tree = json.loads((path / _STATE).read_text(encoding="utf-8"))
         return int(manifest["step"]), decode(tree, tensors)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (*_NOT_THERE, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{type(error).__name__}: {error}") from error
 
 
@@ -120,7 +134,7 @@ def remove_leftovers(folder: str | Path) -> None:
         for entry in folder.iterdir():
             if entry.name.startswith(_TEMPORARY):
                 shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name.startswith(".tmp-") and entry.is_file():
+            elif TEMPORARY.match(entry.name) and entry.is_file():
                 entry.unlink(missing_ok=True)
 
 
@@ -130,13 +144,24 @@ def save_weights(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         encode(tensor, flat, name)
     with atomic(path) as temporary:
-        save_file(_unshared(flat), temporary)
+        _save_file(flat, temporary)
+
+
+def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """safetensors, with the permissions of any new file (its own are for nobody else to read)."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    try:
+        save_file(_unshared(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
+    path.chmod(mode)
 
 
 def _write(folder: Path, step: int, state: Any) -> None:
     tensors: dict[str, torch.Tensor] = {}
     tree = encode(state, tensors)
-    save_file(_unshared(tensors), folder / _TENSORS)
+    _save_file(tensors, folder / _TENSORS)
     (folder / _STATE).write_text(json.dumps(tree), encoding="utf-8")
     files = {name: fingerprint(folder / name) for name in (_TENSORS, _STATE)}
     manifest = {"format": _FORMAT, "step": step, "files": files}

@@ -17,6 +17,16 @@ def _require(condition: bool, name: str, got: object, needs: str) -> None:
         raise UsageError(f"{name}: got {got!r}, needs {needs}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise UsageError for what no generator takes."""
+    _require(0 <= seed < 2**63, "seed", seed, "a whole number >= 0, of 63 bits")
+
+
+def check_guidance(guidance: float, name: str = "guidance") -> None:
+    """Raise UsageError for what is no scale."""
+    _require(math.isfinite(guidance), name, guidance, "a finite number")
+
+
 @dataclass
 class OptimConfig:
     """AdamW with exponential moving averages (EMA), and the learning rate's schedule."""
@@ -45,7 +55,9 @@ class OptimConfig:
         _require(self.lr >= 0 and math.isfinite(self.lr), f"{name}.lr", self.lr, "a number >= 0")
         for beta in self.betas:
             _require(0 <= beta < 1, f"{name}.betas", self.betas, "two numbers in [0, 1)")
-        _require(self.eps > 0, f"{name}.eps", self.eps, "a number > 0")
+        eps, decay = self.eps, self.weight_decay
+        _require(0 < eps < math.inf, f"{name}.eps", eps, "a number > 0")
+        _require(0 <= decay < math.inf, f"{name}.weight_decay", decay, "a number >= 0")
         for decay in self.ema_decays:
             _require(0 <= decay < 1, f"{name}.ema_decays", self.ema_decays, "numbers in [0, 1)")
         clip = self.max_grad_norm
@@ -144,7 +156,8 @@ class TrainConfig:
         """Raise UsageError, naming the key, where a value makes no sense."""
         for name in ("steps", "batch_size", "accumulate", "log_every", "keep_last", "grid_rows"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
-        for name in ("save_every", "grid_every", "seed"):
+        check_seed(self.seed)
+        for name in ("save_every", "grid_every"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a whole number >= 0")
         for name in ("max_nonfinite", "grid_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")

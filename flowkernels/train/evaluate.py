@@ -16,6 +16,7 @@ from torch import Tensor
 from flowkernels.ode import Schedule, uniform
 from flowkernels.ode.bellman import BellmanSchedules
 from flowkernels.train.classifier import Classifier, cached_classifier
+from flowkernels.train.config import check_guidance, check_seed
 from flowkernels.train.data import ImageDataset, load_dataset
 from flowkernels.train.errors import UsageError
 from flowkernels.train.export import MODEL, TrainedModel, load_model
@@ -79,6 +80,8 @@ class EvaluateConfig:
             raise UsageError(f"samples: got {self.samples}, needs at least 2")
         if not self.steps or min(self.steps) < 1:
             raise UsageError(f"steps: got {self.steps}, needs step counts >= 1")
+        check_seed(self.seed)
+        check_guidance(self.guidance)
         few = self.student_steps
         if not few or min(few) < 1:
             raise UsageError(f"student_steps: got {few}, needs step counts >= 1")
@@ -95,9 +98,10 @@ class Row:
     steps: int | None
     """Network evaluations per image; None for real images."""
     accuracy: float
-    """Share of images that the classifier puts into the class asked for."""
+    """Share of images that the classifier puts into the class asked for. NaN without classes."""
     frechet: float
-    """Fréchet distance to all real images, in the classifier's features."""
+    """Fréchet distance to all real images, in the classifier's features. NaN where an image is not
+    finite."""
     seconds_per_1000: float | None
     """Time to generate 1,000 images."""
     paired_error: float | None = None
@@ -130,8 +134,14 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Row
     for model in [*few, *([] if student is None else [student])]:
         if model.shape != teacher.shape:
             raise UsageError(f"student: makes images {model.shape}, the teacher {teacher.shape}")
+        if model.num_classes != teacher.num_classes:
+            raise UsageError(
+                f"student: has {model.num_classes} classes, the teacher {teacher.num_classes}"
+            )
     schedules = _schedules(config.schedules)
     dataset = load_dataset(teacher.data)
+    if len(dataset) < 4:
+        raise UsageError(f"data: {len(dataset)} images, needs 4 for two halves to compare")
     with console.status("training the classifier on real images"):
         judge = cached_classifier(config.output, dataset, config.seed)
         rows = [_real(judge, dataset, config.seed)]
@@ -152,11 +162,14 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Row
                 lambda n, c: model.generate(n, steps, c, guidance, schedule), noise, labels, device
             )
             features, predicted = judge.judge(images)
-        right = float("nan") if labels is None else (predicted == labels.cpu()).double().mean()
-        distance = frechet_distance(features.numpy(), real_features.numpy())
+        right = distance = float("nan")
+        if bool(images.isfinite().all()):
+            if labels is not None:
+                right = float((predicted == labels.cpu()).double().mean())
+            distance = frechet_distance(features.numpy(), real_features.numpy())
         paired = None if reference is None else float((images - reference).square().mean().sqrt())
         speed = 1000 * seconds / config.samples
-        rows.append(Row(name, steps, float(right), distance, speed, paired))
+        rows.append(Row(name, steps, right, distance, speed, paired))
         return images
 
     if config.reference_steps is not None:
@@ -307,7 +320,8 @@ def _write(
     result = {
         "config": asdict(config),
         "frechet_floor": floor,
-        "rows": [asdict(row) for row in rows],
+        # JSON has no NaN: what is not there is null.
+        "rows": [{k: None if v != v else v for k, v in asdict(row).items()} for row in rows],
     }
     write_json(folder / "results.json", result)
     columns = min(20, len(noise))

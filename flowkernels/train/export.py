@@ -195,6 +195,8 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Traine
         if info["format"] != _FORMAT or info["network"] != "MMDiT" or info["config"] is None:
             raise UsageError(f"{path}: not a model that this version can rebuild")
         config = MMDiTConfig.from_dict(info["config"])
+        from_mapping(DataConfig, info["data"], "data.")
+        str(info["method"])
         # How it was trained is no property of the model: the next run says for itself.
         network = MMDiT(replace(config, gradient_checkpointing=False))
     except OSError as error:

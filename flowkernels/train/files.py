@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# Names of what is being written.
+TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}-")
 
 
 def sync(path: Path) -> None:

@@ -15,7 +15,7 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> np.ndarray:
     """Lay images out row by row.
 
     Args:
-        images: [n, C, H, W] in [-1, 1], C = 1 or 3; values beyond are clipped.
+        images: [n, C, H, W] in [-1, 1], C = 1 or 3; values beyond are clipped, NaN is black.
         columns: images per row.
         gap: pixels between images.
 
@@ -26,7 +26,9 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> np.ndarray:
     rows = -(-count // columns)
     shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
     canvas = np.full(shape, 128, dtype=np.uint8)
-    levels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().cpu().numpy()
+    levels = (
+        ((images.detach().float().nan_to_num(-1).clamp(-1, 1) + 1) * 127.5).round().cpu().numpy()
+    )
     pixels = np.broadcast_to(levels.transpose(0, 2, 3, 1), (count, height, width, 3))
     for i in range(count):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)

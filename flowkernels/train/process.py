@@ -66,7 +66,10 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: another run holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"output: {folder} is a file, needs a folder") from None
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,9 +79,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into `requested`; a second one acts at once.
+    """Turns the first SIGTERM, SIGINT or SIGHUP into `requested`; a second one acts at once.
 
-    Signals can be taken over in the main thread only; elsewhere this does nothing.
+    Within another one, that is asked too. Signals can be taken over in the main thread only;
+    elsewhere this does nothing.
     """
 
     def __init__(self) -> None:
@@ -87,8 +91,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._request)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,7 +103,12 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(number, self._previous[number])
+        previous = self._previous[number]
+        outer = getattr(previous, "__self__", None)
+        if isinstance(outer, StopRequest):
+            outer._request(number, frame)
+        else:
+            signal.signal(number, previous)
 
 
 @contextlib.contextmanager

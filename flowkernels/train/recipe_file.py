@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from pathlib import Path
@@ -32,7 +33,7 @@ def load_recipe(kind: type[T], path: str | Path) -> T:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of month 30, say
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: not valid YAML: {reason}") from error
     try:
@@ -95,10 +96,12 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         except ValueError:
             raise UsageError(f"{name}: got {value!r}, needs a number") from None
     if type(value) is kind:
-        return value
+        # What a shell does to an option.
+        return os.path.expanduser(value) if name in _PATHS else value
     raise UsageError(f"{name}: got {value!r}, needs {_KINDS.get(kind, kind)}")
 
 
+_PATHS = ("output", "teacher", "student", "start", "run", "schedules")
 _KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -148,6 +149,9 @@ class TeacherRecipe(TrainConfig):
     def validate(self) -> None:
         """Raise UsageError, naming the key, where a value makes no sense."""
         super().validate()
+        ratio = self.model.mlp_ratio
+        if not 0 < ratio < math.inf:
+            raise UsageError(f"model.mlp_ratio: got {ratio}, needs a number > 0")
         if self.kind == "consistency-fm" and self.method.contrastive != 0:
             raise UsageError(
                 f"method.contrastive: got {self.method.contrastive}, needs 0.0 with kind "

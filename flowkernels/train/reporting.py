@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from types import TracebackType
@@ -117,8 +118,9 @@ class Reporter:
             self._writer.add_image("samples", canvas, step, dataformats="HWC")
 
     def say(self, text: str) -> None:
-        """One line for people."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """One line for people. Where nobody reads them any more, the run goes on without."""
+        with contextlib.suppress(BrokenPipeError, SystemExit):  # rich makes the one the other
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, step: int, rate: float, text: str, now: float) -> None:
         if now - self._last_line >= _QUIET_INTERVAL or step == self._steps:

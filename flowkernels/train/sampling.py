@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from flowkernels.train.config import check_guidance, check_seed
 from flowkernels.train.errors import UsageError
 from flowkernels.train.export import load_model
 from flowkernels.train.pictures import save_grid
@@ -55,6 +56,8 @@ def sample_images(config: SampleConfig) -> Path:
     for name in ("steps", "rows"):
         if getattr(config, name) < 1:
             raise UsageError(f"{name}: got {getattr(config, name)}, needs a whole number >= 1")
+    check_seed(config.seed)
+    check_guidance(config.guidance)
     device = resolve_device(config.device)
     model = load_model(config.run, device)
     labels = None

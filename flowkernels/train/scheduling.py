@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowkernels.ode import bellman_schedule
 from flowkernels.train.checkpoint import fingerprint
+from flowkernels.train.config import check_seed
 from flowkernels.train.errors import UsageError
 from flowkernels.train.export import WEIGHTS, TrainedModel
 from flowkernels.train.process import resolve_device
@@ -107,6 +108,7 @@ def find_schedules(
     Raises:
         UsageError: a setting that the search refuses.
     """
+    check_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     noise = torch.randn((config.noises, *teacher.shape), generator=generator).to(device)
     conditions: dict[str, Tensor] = {}

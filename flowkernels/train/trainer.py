@@ -19,12 +19,13 @@ from flowkernels.train.checkpoint import (
     load_checkpoint,
     remove_leftovers,
     save_checkpoint,
+    set_aside,
 )
 from flowkernels.train.compiling import compile_blocks
 from flowkernels.train.config import TrainConfig
 from flowkernels.train.data import ImageDataset, Loader, load_dataset
 from flowkernels.train.errors import RunFailed, UsageError
-from flowkernels.train.export import export_network
+from flowkernels.train.export import WEIGHTS, export_network
 from flowkernels.train.learning_rate import learning_rate
 from flowkernels.train.meter import LossMeter
 from flowkernels.train.pictures import save_grid
@@ -39,27 +40,17 @@ from flowkernels.train.process import (
 )
 from flowkernels.train.random_state import random_state, seed_everything, set_random_state
 from flowkernels.train.reporting import Reporter
+from flowkernels.train.resuming import (
+    changed_settings,
+    changed_sources,
+    check_finished,
+    check_output,
+    load_optimizer,
+    sources,
+)
 
 if TYPE_CHECKING:
     from flowkernels.distill import Method, Phase
-
-# Settings that may change between a checkpoint and its resume without changing the result (the
-# teacher's weights, and those of a model that was begun with, are in the checkpoint).
-_HARMLESS = {
-    "output",
-    "recipe",
-    "teacher",
-    "start",
-    "fresh",
-    "log_every",
-    "save_every",
-    "keep_last",
-    "max_nonfinite",
-    "grid_every",
-    "grid_rows",
-    "grid_steps",
-    "tensorboard",
-}
 
 
 class Trainer:
@@ -99,6 +90,7 @@ class Trainer:
     ) -> None:
         config.validate()
         refuse_several_processes()
+        check_output(config)
         self.config = config
         self.output = Path(config.output)
         self.device = resolve_device(config.device)
@@ -119,6 +111,8 @@ class Trainer:
         )
         self.optimizers = {phase.name: self._optimizer(phase) for phase in self.phases}
         self._saved_step: int | None = None
+        self._skipped = 0  # of which people have been told
+        self._sources: dict[str, Any] = {}
         self._prepare_networks()
 
     # ---- the run -------------------------------------------------------------------------------
@@ -160,6 +154,7 @@ class Trainer:
 
     def _begin(self) -> list[str]:
         """Load the newest checkpoint that is whole, or seed a new run; what people should know."""
+        self._sources = sources(self.config)
         found = list_checkpoints(self.output)
         if self.config.fresh:
             for _, path in found:
@@ -170,10 +165,10 @@ class Trainer:
             try:
                 step, state = load_checkpoint(path)
             except DamagedCheckpoint as error:
-                notices.append(f"warning: {path} is damaged and passed over ({error})")
+                aside = set_aside(path)
+                notices.append(f"warning: {path} is damaged and passed over ({error}): see {aside}")
                 continue
-            notices += self._differences(state["config"])
-            self._load(step, state, path)
+            notices += self._load(step, state, path)
             notices.append(f"resuming from {path}")
             return notices
         seed_everything(self.config.seed)
@@ -234,8 +229,11 @@ class Trainer:
         return sum(int(optimizer.skipped) for optimizer in self.optimizers.values())
 
     def _log(self, reporter: Reporter) -> None:
-        losses = self.meter.means()
-        others = {"nonfinite/skipped_updates": float(self._check_finite())}
+        losses, skipped = self.meter.means(), self._check_finite()
+        if skipped > self._skipped:
+            reporter.say(f"warning: step {self.step}: {skipped} updates skipped so far, not finite")
+            self._skipped = skipped
+        others = {"nonfinite/skipped_updates": float(skipped)}
         if (samples := getattr(self.method, "nonfinite", None)) is not None:
             others["nonfinite/left_out_samples"] = float(samples)
         monitors: dict[str, Tensor] = getattr(self.method, "monitors", dict)()
@@ -280,31 +278,40 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "random": random_state(self.device),
             "config": dataclasses.asdict(self.config),
+            "sources": self._sources,
         }
 
-    def _load(self, step: int, state: dict[str, Any], path: Path) -> None:
+    def _load(self, step: int, state: dict[str, Any], path: Path) -> list[str]:
+        """Take a checkpoint's state over; warnings of what is no longer as it was."""
         if step > self.config.steps:
             raise UsageError(f"steps: got {self.config.steps}, but {path} is already at {step}")
         try:
             self.method.load_state_dict(state["method"])
             for name, optimizer in self.optimizers.items():
-                _load_optimizer(optimizer, state["optimizers"][name])
+                load_optimizer(optimizer, state["optimizers"][name])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UsageError(f"output: {path} is of another model or method: {reason}") from error
+        changed = changed_settings(self.config, state["config"])
+        if step == self.config.steps and (self.output / WEIGHTS).is_file():
+            check_finished(changed, self.output)
         self.meter.load_state_dict(state["meter"])
-        self.loader.load_state_dict(state["loader"])
+        size = self.loader.load_state_dict(state["loader"])
         set_random_state(state["random"], self.device)
         self.step = self._saved_step = step
-
-    def _differences(self, saved: dict[str, Any]) -> list[str]:
-        """Warnings for settings that a resume should not change."""
-        now = dataclasses.asdict(self.config)
-        changed = [k for k in now if k not in _HARMLESS and k in saved and now[k] != saved[k]]
-        if not changed:
-            return []
-        names = ", ".join(changed)
-        return [f"warning: changed since the checkpoint: {names}; the resume is not bitwise"]
+        notices = changed_sources(self.config, state.get("sources", {}), self._sources)
+        self._sources |= state.get("sources", {})
+        if size != len(self.dataset):
+            notices.append(
+                f"warning: data: {len(self.dataset)} images, where the checkpoint was made with "
+                f"{size}: a new epoch begins, and the resume is not bitwise"
+            )
+        if changed:
+            names = ", ".join(changed)
+            notices.append(
+                f"warning: changed since the checkpoint: {names}; the resume is not bitwise"
+            )
+        return notices
 
     # ---- the deployed network ------------------------------------------------------------------
 
@@ -314,6 +321,9 @@ class Trainer:
         merged = getattr(self.method, "merged", lambda network: network)
         with self._deployed():
             weights = {name: w.clone() for name, w in merged(network).state_dict().items()}
+        for name, weight in weights.items():
+            if weight.is_floating_point() and not bool(weight.isfinite().all()):
+                raise RunFailed(f"step {self.step}: {name} is not finite; no weights are written")
         export_network(self.output, self.method, network, weights, self.config, self.step)
 
     def _ema_optimizer(self) -> AdamWEMA | None:
@@ -390,14 +400,3 @@ class Trainer:
             for name, network in self.method.named_children():
                 if name not in getattr(self.method, "uncompiled", ()):
                     compile_blocks(network)
-
-
-def _load_optimizer(optimizer: AdamWEMA, state: dict[str, Any]) -> None:
-    """Load the state; the hyper-parameters stay those of this run's configuration."""
-    settings = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(state)
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)

@@ -95,10 +95,11 @@ def test_loader_works_ahead_on_one_thread_and_leaves_the_others_to_training() ->
     assert torch.get_num_threads() == before
 
 
-def test_loader_refuses_another_dataset() -> None:
-    state = Loader(load_digits("train"), 4).state_dict()
-    with pytest.raises(UsageError, match="has 359 images, but the checkpoint was made with 1438"):
-        Loader(load_digits("test"), 4).load_state_dict(state)
+def test_loader_of_another_size_begins_the_next_epoch() -> None:
+    state = Loader(load_digits("train"), 4).state_dict() | {"epoch": 2, "index": 7}
+    loader = Loader(load_digits("test"), 4)
+    assert loader.load_state_dict(state) == 1438
+    assert loader.state_dict() == {"seed": 0, "epoch": 3, "index": 0, "size": 359}
 
 
 # ---- image folder --------------------------------------------------------------------------------
@@ -129,6 +130,51 @@ def test_folder_classes_sizes_and_values(folder: Path) -> None:
     assert torch.equal(images[0], expected)  # pure red
     assert torch.equal(images[1], torch.ones(3, 6, 6))
     assert FolderDataset(folder, 6, channels=1).images(torch.tensor([1])).shape == (1, 1, 6, 6)
+
+
+def test_folder_passes_over_what_is_no_picture(folder: Path) -> None:
+    dogs = folder / "dogs"
+    (dogs / "._a.png").write_bytes(b"AppleDouble")
+    picture(dogs / ".thumbnails" / "a.png", 4, 4, (9, 9, 9))
+    (dogs / "album.png").mkdir()
+    (dogs / "gone.png").symlink_to(dogs / "nowhere.png")
+    assert [path.name for path in FolderDataset(folder, 6).paths] == ["c.png", "a.png", "b.jpg"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_folder_reads_sixteen_bits(tmp_path: Path, suffix: str, channels: int) -> None:
+    (tmp_path / "a").mkdir()
+    levels = np.full((4, 4), 0x4000, np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a" / f"quarter.{suffix}")
+    image = FolderDataset(tmp_path, 4, channels).images(torch.tensor([0]))
+    grey = torch.full((1, channels, 4, 4), 64.0) * (2.0 / 255.0) - 1.0
+    assert torch.equal(image, grey)
+
+
+def test_folder_refuses_wider_pictures_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((4, 4), 0.25, np.float32)).save(tmp_path / "a" / "float.tif")
+    with pytest.raises(DataError, match=r"float\.tif: mode F of 32 bits, needs 8 or 16"):
+        FolderDataset(tmp_path, 4).images(torch.tensor([0]))
+
+
+def test_folder_turns_pictures_upright(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(pixels).save(tmp_path / "a" / "turned.png", exif=exif)
+    image = FolderDataset(tmp_path, 8, channels=1).images(torch.tensor([0]))[0, 0]
+    assert image[:4].eq(1).all()
+    assert image[4:].eq(-1).all()
+
+
+def test_a_home_that_is_nobodys(tmp_path: Path) -> None:
+    for load in (lambda path: FolderDataset(path, 4), load_cifar10):
+        with pytest.raises(DataError, match="no-such-user"):
+            load("~no-such-user/pictures")
 
 
 def test_folder_crops_the_centre(tmp_path: Path) -> None:

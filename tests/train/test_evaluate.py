@@ -198,6 +198,41 @@ def test_missing_and_damaged_runs_are_named(tmp_path: Path) -> None:
         load_model(run)
 
 
+def test_students_of_other_classes_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "teacher")
+    write_run(tmp_path / "student", {"t_star": 1.0, "sigma_star": 1.0}, classes=3)
+    config = EvaluateConfig(
+        teacher=str(tmp_path / "teacher"), student=str(tmp_path / "student"), output=str(tmp_path)
+    )
+    with pytest.raises(UsageError, match="student: has 3 classes, the teacher 10"):
+        evaluate(config)
+
+
+def test_images_that_are_not_finite_are_a_row_without_figures(tmp_path: Path) -> None:
+    write_run(tmp_path / "teacher")
+    path = write_run(tmp_path / "student", {"t_star": 1.0, "sigma_star": 1.0})
+    weights = load_model(path).network.state_dict()
+    broken = {name: torch.full_like(w, float("nan")) for name, w in weights.items()}
+    save_weights(path / "weights.safetensors", broken)
+    config = EvaluateConfig(
+        teacher=str(tmp_path / "teacher"), student=str(path), output=str(tmp_path / "judged"),
+        steps=(1,), samples=20,
+    )  # fmt: skip
+    evaluate(config, Console(quiet=True))
+    rows = json.loads((tmp_path / "judged" / "results.json").read_text())["rows"]
+    assert rows[-1]["name"] == "student"
+    assert (rows[-1]["accuracy"], rows[-1]["frechet"]) == (None, None)
+    assert all(row["frechet"] is not None for row in rows[:-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"guidance": float("nan")}, "guidance"), ({"seed": 2**64}, "seed")]
+)
+def test_settings_that_make_no_sense_are_named(change: dict[str, float], named: str) -> None:
+    with pytest.raises(UsageError, match=f"{named}: got"):
+        EvaluateConfig(**change).validate()  # type: ignore[arg-type]
+
+
 def test_tile_places_and_clips(tmp_path: Path) -> None:
     images = torch.stack([torch.full((1, 2, 2), v) for v in (-2.0, 0.0, 1.0)])
     canvas = tile(images, columns=2)

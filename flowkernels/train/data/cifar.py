@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import operator
 import pickle
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from flowkernels.train.data.dataset import TensorDataset
+from flowkernels.train.data.folder import expanded
 from flowkernels.train.errors import DataError
 
 CLASSES = (
@@ -101,7 +103,7 @@ def load_cifar10(path: str | Path, split: str = "train") -> TensorDataset:
     Raises:
         DataError: a file is missing, damaged, or holds anything but arrays; one line that names it.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         parts = _read_folder(path, _PARTS[split])
     elif path.is_file():
@@ -157,15 +159,21 @@ def _parse(raw: bytes, origin: str) -> tuple[np.ndarray, np.ndarray]:
         content = RestrictedUnpickler(io.BytesIO(raw), encoding="bytes").load()
         content = {_text(key): value for key, value in content.items()}
         pixels = content["data"].value
-        labels = np.asarray([int(label) for label in content["labels"]], dtype=np.int64)
+        labels = np.asarray([operator.index(label) for label in content["labels"]], dtype=np.int64)
         images = pixels.reshape(-1, 3, 32, 32)
     # The machine of a pickle raises nearly any error on damaged bytes.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{origin}: not a CIFAR-10 part: {reason}") from error
-    if len(images) != len(labels) or (len(labels) and not 0 <= labels.min() <= labels.max() < 10):
-        counts = f"{len(images)} images, {len(labels)} labels"
-        raise DataError(f"{origin}: not a CIFAR-10 part: {counts}")
+    problem = ""
+    if len(images) != len(labels):
+        problem = f"{len(images)} images, {len(labels)} labels"
+    elif not len(images):
+        problem = "no images"
+    elif not 0 <= labels.min() <= labels.max() < len(CLASSES):
+        problem = f"labels from {labels.min()} to {labels.max()}, needs 0 to {len(CLASSES) - 1}"
+    if problem:
+        raise DataError(f"{origin}: not a CIFAR-10 part: {problem}")
     return images, labels
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from flowkernels.train.errors import DataError
@@ -15,8 +15,37 @@ from flowkernels.train.errors import DataError
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
+def expanded(path: str | Path) -> Path:
+    """`~` as a home folder.
+
+    Raises:
+        DataError: of somebody who has none.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _is_picture(name: Path, path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in name.parts)
+    return not hidden and path.suffix.lower() in _SUFFIXES and path.is_file()
+
+
+def _of_bytes(image: Image.Image, path: Path) -> Image.Image:
+    """With eight bits a channel; `convert` would clip wider ones to white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"{path}: mode {image.mode} of 32 bits, needs 8 or 16 bits a channel")
+    return image
+
+
 class FolderDataset:
-    """Pictures under `root/<class>/…`, centre-cropped to a square and resized.
+    """Pictures under `root/<class>/…`, upright, centre-cropped to a square and resized.
+
+    Sixteen bits a channel are rounded down to eight; transparency is left out, as `convert` does.
+    Names that begin with a dot are passed over.
 
     Args:
         root: folder whose sub-folders, in alphabetical order, are the classes.
@@ -29,7 +58,7 @@ class FolderDataset:
     """
 
     def __init__(self, root: str | Path, image_size: int, channels: int = 3) -> None:
-        root = Path(root).expanduser()
+        root = expanded(root)
         if not root.is_dir():
             raise DataError(f"{root}: no such folder of images")
         folders = sorted(
@@ -42,7 +71,7 @@ class FolderDataset:
         self.paths: list[Path] = []
         labels: list[int] = []
         for label, folder in enumerate(folders):
-            pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            pictures = sorted(p for p in folder.rglob("*") if _is_picture(p.relative_to(folder), p))
             if not pictures:
                 raise DataError(f"{folder}: no pictures of a known kind in this class")
             self.paths += pictures
@@ -68,7 +97,10 @@ class FolderDataset:
         channels, side, _ = self.shape
         try:
             with Image.open(path) as picture:
-                image = picture.convert("RGB" if channels == 3 else "L")
+                image = _of_bytes(ImageOps.exif_transpose(picture), path)
+                image = image.convert("RGB" if channels == 3 else "L")
+        except DataError:
+            raise
         # A decompression bomb and a broken header raise errors of several families.
         except Exception as error:
             reason = " ".join(str(error).split())

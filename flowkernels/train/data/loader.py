@@ -87,23 +87,23 @@ class Loader:
         epoch, index = divmod(self._position, len(self.dataset))
         return {"seed": self.seed, "epoch": epoch, "index": index, "size": len(self.dataset)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position.
+    def load_state_dict(self, state: dict[str, Any]) -> int:
+        """Go to a saved position, or to the next epoch where the dataset has another size now.
 
-        Raises:
-            UsageError: the dataset has another size than when the position was saved.
+        Returns:
+            The size that the dataset had.
         """
-        if state["size"] != len(self.dataset):
-            raise UsageError(
-                f"data: the dataset has {len(self.dataset)} images, "
-                f"but the checkpoint was made with {state['size']}"
-            )
+        size: int = state["size"]
         if self._ahead is not None:
             wait([self._ahead[1]])  # it reads the orders that are cleared below
         self._ahead = None
         self.seed = state["seed"]
         self._orders.clear()
-        self._position = state["epoch"] * state["size"] + state["index"]
+        if size == len(self.dataset):
+            self._position = state["epoch"] * size + state["index"]
+        else:
+            self._position = (state["epoch"] + 1) * len(self.dataset)
+        return size
 
     def close(self) -> None:
         """Stop the thread that works ahead; the next batch starts another."""

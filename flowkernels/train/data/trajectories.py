@@ -131,7 +131,10 @@ def stored_times(folder: str | Path) -> Tensor | None:
     path = Path(folder) / MANIFEST
     if not path.exists():
         return None
-    return torch.tensor(_manifest(path)["times"], dtype=torch.float64)
+    try:
+        return torch.tensor(_manifest(path)["times"], dtype=torch.float64)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: damaged: {' '.join(str(error).split())}") from error
 
 
 def shard_sizes(count: int, shard_size: int) -> list[int]:
@@ -194,7 +197,8 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
     try:
         with safe_open(path, "pt") as file:
-            return tuple(file.get_slice("states").get_shape()) == shape
+            labels = file.get_slice("labels").get_shape()
+            return tuple(file.get_slice("states").get_shape()) == shape and labels == [shape[0]]
     except (OSError, SafetensorError):
         return False
 
