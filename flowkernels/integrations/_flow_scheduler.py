@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 from collections.abc import Sequence
 from typing import Any, Self
@@ -258,7 +259,7 @@ class FlowScheduler:
         Args:
             sample: [B, ...].
             timestep: one for all samples, or [B].
-            noise: [B, ...].
+            noise: [B, ...], or what broadcasts to it.
 
         Returns:
             [B, ...] in the dtype that sample and noise promote to, rounded once.
@@ -277,6 +278,9 @@ class FlowScheduler:
         if len(levels) != len(sample):
             raise ValueError(f"timestep: got {len(levels)} of them, need 1 or {len(sample)}")
         sigma = torch.tensor(levels, dtype=wide(sample), device=sample.device)
+        if noise.shape != sample.shape:
+            with contextlib.suppress(RuntimeError):  # below it is named
+                noise = noise.expand_as(sample)
         return interpolate(sample, sigma, noise)[0]
 
     def _noise_indices(self, timestep: float | Tensor) -> list[int]:

@@ -132,6 +132,11 @@ def test_scale_noise_is_the_noising_process():
     expected = interpolate(x, level.repeat(3), e)[0]
     assert torch.equal(scheduler.scale_noise(x, scheduler.timesteps[1], e), expected)
     assert torch.equal(scheduler.scale_noise(x, scheduler.timesteps[1].expand(3), e), expected)
+    # One noise for all samples, as diffusers' arithmetic takes it.
+    same = scheduler.scale_noise(x, scheduler.timesteps[1], e[:1])
+    assert torch.equal(same, scheduler.scale_noise(x, scheduler.timesteps[1], e[:1].expand_as(e)))
+    with pytest.raises(ValueError, match="noise: got shape"):
+        scheduler.scale_noise(x, scheduler.timesteps[1], e[:2])
 
 
 # ---- schedules ----------------------------------------------------------------------------------
