@@ -58,7 +58,7 @@ class Run:
             log.flush()
             process = subprocess.Popen(
                 arguments, cwd=ROOT, env=merged, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_hear_interrupts,
             )  # fmt: skip
             try:
                 return process.wait(limit)
@@ -70,6 +70,11 @@ class Run:
 
     def log(self, stage: str) -> Path:
         return self.work / f"{stage}.log"
+
+
+def _hear_interrupts() -> None:
+    """A shell without job control has what it starts in the background ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupt(process: subprocess.Popen[bytes]) -> None:

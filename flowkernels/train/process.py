@@ -92,7 +92,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                kept = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+                if not kept:  # as nohup wants it
                     self._previous[number] = signal.signal(number, self._request)
         return self
 

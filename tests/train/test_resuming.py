@@ -183,15 +183,21 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_request_within_another_asks_both(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with StopRequest() as outer:
-        with StopRequest() as inner:
-            os.kill(os.getpid(), number)
-            assert inner.requested
-        assert outer.requested
-        with StopRequest() as late:
-            assert not late.requested
-    assert signal.getsignal(number) is before
+    heard: list[int] = []
+    handler = lambda number, _: heard.append(number)  # noqa: E731
+    before = signal.signal(number, handler)
+    try:
+        with StopRequest() as outer:
+            with StopRequest() as inner:
+                os.kill(os.getpid(), number)
+                assert inner.requested
+            assert outer.requested
+            with StopRequest() as late:
+                assert not late.requested
+        assert signal.getsignal(number) is handler
+        assert heard == []
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
