@@ -73,8 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _keep_memory()
     try:
         _dispatch(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`: nobody reads what is still to be written
+        if sys.stdout is not None:  # as it is where a shell has closed it
+            sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # `| head` wants to hear no more
+            print(f"flowkernels: {_one_line(error)}", file=sys.stderr)
+        # What could not be written would be tried again at the end of the process.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except _Exit as end:

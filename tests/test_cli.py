@@ -105,6 +105,19 @@ def test_help_whose_reader_leaves_is_quiet(tmp_path: Path) -> None:
     assert (code, said) == (1, "")
 
 
+def test_an_output_that_is_full_or_closed(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m flowkernels --help"
+    for redirect, code, said in ((">/dev/full", 1, "flowkernels: [Errno 28] No space left"),
+                                 (">&-", 0, "")):  # fmt: skip
+        run = subprocess.run(
+            f"{command} {redirect}", shell=True, cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+        )  # fmt: skip
+        assert run.returncode == code
+        assert run.stderr.startswith(said)
+        assert run.stderr.count("\n") == bool(said)
+
+
 def test_a_run_goes_on_when_nobody_reads_its_lines(recipe: Path) -> None:
     command = [
         sys.executable, "-m", "flowkernels", "train", "--recipe", str(recipe),
